@@ -1,0 +1,124 @@
+"""The seam of the outbox log: what commits appended, read slice by slice by whoever holds the slice's lease."""
+
+from binascii import crc32
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from statecast.components.state.commit import OutboxRecord
+
+DEFAULT_SLICES = 16
+
+
+def slice_of(order_key: str, slices: int) -> int:
+    """Tell the slice of an order key: crc32 of its UTF-8 bytes, modulo the number of slices of the log."""
+    return crc32(order_key.encode()) % slices
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The fenced right to relay one slice.
+
+    `epoch` grows with every acquisition: progress that is reported under an older one is refused. `position` is
+    where reading goes on; only the log that made it can read it.
+    """
+
+    slice: int
+    owner: str
+    epoch: int
+    position: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One record as read from the log, with the moment its commit was made (by the database's clock)."""
+
+    slice: int
+    record: OutboxRecord
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one read found: the entries, those of one order key in commit order, and each lease moved behind them."""
+
+    entries: tuple[LogEntry, ...]
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStatus:
+    """How far the relaying of one slice is; `owner` is None where no lease is live.
+
+    `pending` counts the records behind the persisted position, `oldest_at` is when the first of them was committed.
+    """
+
+    slice: int
+    owner: str | None
+    epoch: int
+    position: str
+    pending: int
+    oldest_at: datetime | None
+
+
+class OutboxLog(Protocol):
+    """An append-only log in N slices; N is fixed when the log is made, and read from the database afterwards.
+
+    Nothing committed is ever skipped, however late its transaction ends, and the records of one order key are read
+    in the order of their commits. Leases are judged by the database's clock. All methods raise StoreUnavailable.
+    """
+
+    @property
+    def slices(self) -> int: ...
+
+    async def heartbeat(self, owner: str, ttl: timedelta) -> int:
+        """Tell that relay `owner` lives for `ttl` from now on; return how many relays live, this one included."""
+        ...
+
+    async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
+        """Lease up to `limit` slices that nobody holds, for the time of `ttl` by the database's clock.
+
+        Each lease carries a new epoch and the position its last owner persisted: what that owner published after
+        it comes again, with the same event ids. Raises StoreUnavailable; then nothing was leased, or what was
+        leases out.
+        """
+        ...
+
+    async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
+        """Read on from the leases' positions, about `limit` entries in all; several may be read in one go.
+
+        Reading moves nothing in the database: the batch's leases, one for each lease given and in that order, are
+        the positions to read on from, and to persist with `advance` once the entries are published. A position may
+        move although there was no entry. Reading does not check that a lease still holds.
+        """
+        ...
+
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+        """Persist the leases' positions and renew them for `ttl`; return those that are still mine.
+
+        A lease whose epoch is not the current one is left out and nothing of it is persisted: stop relaying it.
+        """
+        ...
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Persist the leases' positions and give them up, so that another relay need not wait for their end.
+
+        To be called once no publish of these slices is in flight. Leases that are no longer mine are left alone.
+        """
+        ...
+
+    async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
+        """Return when something may be there to read in these slices, after `timeout` at the latest.
+
+        Returning early for no reason is allowed: the truth is what `read` finds.
+        """
+        ...
+
+    async def trim(self) -> None:
+        """Give back the space of what every slice's persisted position has passed; skips what is in use."""
+        ...
+
+    async def status(self) -> list[SliceStatus]:
+        """Tell about every slice, in their order, without taking part."""
+        ...
