@@ -97,7 +97,8 @@ class OutboxLog(Protocol):
     async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
         """Persist the leases' positions and renew them for `ttl`; return those that are still mine.
 
-        A lease whose epoch is not the current one is left out and nothing of it is persisted: stop relaying it.
+        A lease whose epoch is not the current one, or that was released, is left out and nothing of it is
+        persisted: stop relaying it. One that has run out and that nobody took since is mine still.
         """
         ...
 
@@ -111,7 +112,8 @@ class OutboxLog(Protocol):
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
         """Return when something may be there to read in these slices, after `timeout` at the latest.
 
-        Returning early for no reason is allowed: the truth is what `read` finds.
+        What is there already when it is called counts too. Returning early for no reason is allowed: the truth is
+        what `read` finds.
         """
         ...
 
