@@ -1,0 +1,160 @@
+"""From the operations of a transaction to its commit: which events tell of it, and what is not persisted. Pure."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from statecast.components.manifest import Component
+from statecast.components.metadata import MetadataReader, is_truthy
+from statecast.components.state.commit import Commit, Delete, Mark, Operation, OutboxRecord, Upsert
+from statecast.errors import InvalidRequest
+from statecast.outbox.event import EventSource, Occurrence, render
+from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data
+
+PROJECTION = "outbox.projection"
+TOPIC = "outbox.topic"
+DELETED_SUFFIX = ".deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class Outbox:
+    """Where the events of one store go, and whether deletes have events too."""
+
+    pubsub: str
+    topic: str
+    publishes_deletes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """An event that a transaction publishes beside those of its upserts; `key` is a full state key or None."""
+
+    data: Data
+    type: str = DEFAULT_TYPE
+    key: str | None = None
+    topic: str | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+def parse_outbox(component: Component) -> Outbox | None:
+    """Read a state component's outbox fields. Raises ComponentError where one of the two required ones is missing.
+
+    `outboxPubsub` and `outboxDiscardWhenMissingState` steer an intermediate topic that does not exist here; they
+    are accepted and have nothing to do.
+    """
+    fields = MetadataReader(component, runtime_fields=())
+    pubsub, topic = fields.text("outboxPublishPubsub"), fields.text("outboxPublishTopic")
+    if not pubsub and not topic:
+        return None
+    if not pubsub:
+        raise fields.error("outboxPublishPubsub", "is required beside outboxPublishTopic")
+    if not topic:
+        raise fields.error("outboxPublishTopic", "is required beside outboxPublishPubsub")
+    return Outbox(pubsub, topic, fields.boolean("outboxPublishDeletes"))
+
+
+def plan_commit(
+    operations: Sequence[Operation],
+    outbox: Outbox | None,
+    source: EventSource,
+    logical_key: Callable[[str], str],
+    *,
+    announcements: Iterable[Announcement] = (),
+    marks: tuple[Mark, ...] = (),
+) -> Commit:
+    """Make the commit of these operations (keys are full keys): one event per upsert, in operation order.
+
+    A projection is not persisted; the first one of a key replaces the data of the key's events. Raises
+    InvalidRequest for a projection without an upsert of its key, and for anything that needs an outbox where there
+    is none: nothing is to be written then.
+    """
+    projections = _first_projections(operations)
+    persisted = tuple(operation for operation in operations if not _is_projection(operation))
+    announcements = tuple(announcements)
+    if outbox is None:
+        if projections or announcements:
+            raise InvalidRequest(
+                "this state store has no outbox to publish through: "
+                "set outboxPublishPubsub and outboxPublishTopic on its component"
+            )
+        return Commit(persisted, marks=marks)
+    _require_upserts(projections, persisted, logical_key)
+    records = [
+        render(occurrence, source) for occurrence in _occurrences(persisted, projections, outbox, logical_key)
+    ] + [_announce(announcement, outbox, source, logical_key) for announcement in announcements]
+    return Commit(persisted, tuple(records), marks)
+
+
+def data_of(upsert: Upsert) -> Data:
+    """Tell what an upsert's value is: the content type its metadata names, and whether it is JSON."""
+    content_type = upsert.metadata.get("contentType") or upsert.metadata.get("datacontenttype")
+    return Data(upsert.value, content_type, is_json=not upsert.is_binary)
+
+
+def _is_projection(operation: Operation) -> bool:
+    return isinstance(operation, Upsert) and is_truthy(operation.metadata.get(PROJECTION, ""))
+
+
+def _first_projections(operations: Sequence[Operation]) -> dict[str, Upsert]:
+    projections: dict[str, Upsert] = {}
+    for operation in operations:
+        if isinstance(operation, Upsert) and _is_projection(operation):
+            projections.setdefault(operation.key, operation)
+    return projections
+
+
+def _require_upserts(
+    projections: dict[str, Upsert], persisted: Sequence[Operation], logical_key: Callable[[str], str]
+) -> None:
+    upserted = {operation.key for operation in persisted if isinstance(operation, Upsert)}
+    for key in projections:
+        if key not in upserted:
+            raise InvalidRequest(f"the projection of {logical_key(key)!r} has no upsert of that key beside it")
+
+
+def _occurrences(
+    operations: Sequence[Operation],
+    projections: dict[str, Upsert],
+    outbox: Outbox,
+    logical_key: Callable[[str], str],
+) -> Iterable[Occurrence]:
+    for operation in operations:
+        key = logical_key(operation.key)
+        match operation:
+            case Upsert():
+                data = data_of(projections.get(operation.key, operation))
+                yield _occurrence(operation, outbox, key, DEFAULT_TYPE, "", data)
+            case Delete() if outbox.publishes_deletes:
+                yield _occurrence(operation, outbox, key, DEFAULT_TYPE + DELETED_SUFFIX, key, None)
+
+
+def _occurrence(
+    operation: Upsert | Delete, outbox: Outbox, key: str, type: str, subject: str, data: Data | None
+) -> Occurrence:
+    return Occurrence(
+        pubsub=outbox.pubsub,
+        topic=operation.metadata.get(TOPIC) or outbox.topic,
+        order_key=operation.key,
+        key=key,
+        type=type,
+        subject=subject,
+        data=data,
+        metadata=operation.metadata,
+    )
+
+
+def _announce(
+    announcement: Announcement, outbox: Outbox, source: EventSource, logical_key: Callable[[str], str]
+) -> OutboxRecord:
+    # Without a key no order is promised; an id of its own spreads such events over the slices.
+    order_key = announcement.key if announcement.key is not None else source.ids.next()
+    occurrence = Occurrence(
+        pubsub=outbox.pubsub,
+        topic=announcement.topic or outbox.topic,
+        order_key=order_key,
+        key=None if announcement.key is None else logical_key(announcement.key),
+        type=announcement.type,
+        subject="",
+        data=announcement.data,
+        metadata=dict(announcement.metadata),
+    )
+    return render(occurrence, source)
