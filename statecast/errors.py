@@ -73,6 +73,7 @@ class CorruptState(StatecastError):
 
     def __init__(self, key: str, reason: str) -> None:
         self.key = key
+        self.reason = reason
         super().__init__(f"{key!r} holds {reason}, which is not a state value")
 
 

@@ -51,10 +51,14 @@ _RAW_PAYLOAD = {  # Go's strconv.ParseBool, as dapr contrib metadata/utils.go re
 
 
 class EventIds:
-    """Event ids that no other process and no other run gives: a random prefix and a counter; cheap, and stable over
-    retries because an event is rendered once. A forked child gets a prefix of its own."""
+    """Event ids that no other process and no other run gives: `outbox-<random>-<count>`.
 
-    def __init__(self) -> None:
+    They are cheap, and stable over retries because an event is rendered once. A forked child gets a random part of
+    its own.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
         self._process = -1
 
     def next(self) -> str:
@@ -62,7 +66,7 @@ class EventIds:
             self._process = os.getpid()
             self._prefix = secrets.token_hex(8)
             self._numbers = count(1)
-        return f"outbox-{self._prefix}-{next(self._numbers)}"
+        return f"{self._label}-{self._prefix}-{next(self._numbers)}"
 
 
 @dataclass(frozen=True, slots=True)

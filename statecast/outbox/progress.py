@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from statecast.components.broker.broker import Message, Outcome, Published
+from statecast.components.state.commit import OutboxRecord
 from statecast.components.state.log import Batch, Lease, LogEntry
 from statecast.outbox.event import PARTITION_KEY
 
 
-def message_of(entry: LogEntry) -> Message:
-    """Make the broker's message of a log entry; the partition key becomes the key and travels nowhere else."""
-    metadata = dict(entry.record.metadata)
-    return Message(entry.record.topic, entry.record.body, metadata.pop(PARTITION_KEY, None), metadata)
+def message_of(record: OutboxRecord) -> Message:
+    """Make the broker's message of a record; the partition key becomes the key and travels nowhere else."""
+    metadata = dict(record.metadata)
+    return Message(record.topic, record.body, metadata.pop(PARTITION_KEY, None), metadata)
 
 
 def fair_share(slices: int, relays: int) -> int:

@@ -171,7 +171,7 @@ class Relay:
         if broker is None:
             reason = f"no pub/sub component named {pubsub!r} is loaded"
             return [Refused(reason, is_about_topic=True)] * len(entries)
-        messages = [message_of(entry) for entry in entries]
+        messages = [message_of(entry.record) for entry in entries]
         return await broker.publish(messages, self._options.publish_timeout, Settlement.HANDLED)
 
     async def _persist_when_due(self) -> None:
