@@ -1,0 +1,3 @@
+from statecast.components.state.memory.state import MemoryStateStore
+
+__all__ = ["MemoryStateStore"]

@@ -1,0 +1,141 @@
+"""The outbox log of a memory store: commits are serial here, so the number of a row is a safe position."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import chain, count
+from operator import itemgetter
+from typing import Final
+
+from statecast.clock import Clock
+from statecast.components.state.commit import OutboxRecord
+from statecast.components.state.log import DEFAULT_SLICES, Batch, Lease, LogEntry, SliceStatus, slice_of
+from statecast.components.state.memory.expiring import Expiring
+from statecast.components.state.memory.lifetime import Lifetime
+
+_Row = tuple[int, LogEntry]
+_row_number = itemgetter(0)
+
+_LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class _Slice:
+    number: int
+    rows: list[_Row] = field(default_factory=list)
+    position: int = 0
+    epoch: int = 0
+    owner: str | None = None
+    ends_at: datetime = _LONG_AGO
+
+    def after(self, position: int, limit: int | None = None) -> list[_Row]:
+        start = bisect_right(self.rows, position, key=_row_number)
+        return self.rows[start : None if limit is None else start + limit]
+
+    def is_leased(self, now: datetime) -> bool:
+        return self.owner is not None and now < self.ends_at
+
+    def acquire(self, owner: str, ends_at: datetime) -> Lease:
+        self.epoch += 1
+        self.owner, self.ends_at = owner, ends_at
+        return Lease(self.number, owner, self.epoch, str(self.position))
+
+    def advance(self, lease: Lease, ends_at: datetime) -> bool:
+        if self.owner is None or self.epoch != lease.epoch:
+            return False
+        self.position, self.ends_at = int(lease.position), ends_at
+        return True
+
+    def release(self, lease: Lease) -> None:
+        if self.advance(lease, _LONG_AGO):
+            self.owner = None
+
+    def status(self, now: datetime) -> SliceStatus:
+        pending = self.after(self.position)
+        return SliceStatus(
+            slice=self.number,
+            owner=self.owner if self.is_leased(now) else None,
+            epoch=self.epoch,
+            position=str(self.position),
+            pending=len(pending),
+            oldest_at=pending[0][1].created_at if pending else None,
+        )
+
+
+class MemoryOutboxLog:
+    def __init__(self, clock: Clock, lifetime: Lifetime) -> None:
+        self._clock = clock
+        self._lifetime = lifetime
+        self._slices = [_Slice(number) for number in range(DEFAULT_SLICES)]
+        self._numbers = count(1)
+        self._relays: Expiring[str, None] = Expiring()
+        self._appended = asyncio.Event()
+
+    @property
+    def slices(self) -> int:
+        return len(self._slices)
+
+    def append(self, records: Sequence[OutboxRecord], created_at: datetime) -> None:
+        """Append the records of one commit, in their order, and wake who waits for some."""
+        for record in records:
+            number = slice_of(record.order_key, self.slices)
+            # The caller keeps its mapping and may change it.
+            entry = LogEntry(number, replace(record, metadata=dict(record.metadata)), created_at)
+            self._slices[number].rows.append((next(self._numbers), entry))
+        if records:
+            self._appended.set()
+            self._appended = asyncio.Event()
+
+    async def heartbeat(self, owner: str, ttl: timedelta) -> int:
+        self._lifetime.require_open()
+        now = self._clock.now()
+        self._relays.put(owner, None, now + ttl)
+        self._relays.sweep(now)
+        return len(self._relays)
+
+    async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
+        self._lifetime.require_open()
+        now = self._clock.now()
+        free = [each for each in self._slices if not each.is_leased(now)]
+        return [each.acquire(owner, now + ttl) for each in free[:limit]]
+
+    async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
+        self._lifetime.require_open()
+        unread = chain.from_iterable(self._unread(lease, limit) for lease in leases)
+        rows = sorted(unread, key=_row_number)[:limit]
+        last = {entry.slice: str(number) for number, entry in rows}
+        return Batch(
+            entries=tuple(entry for _, entry in rows),
+            leases=tuple(replace(lease, position=last.get(lease.slice, lease.position)) for lease in leases),
+        )
+
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+        self._lifetime.require_open()
+        ends_at = self._clock.now() + ttl
+        return [lease for lease in leases if self._slices[lease.slice].advance(lease, ends_at)]
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        self._lifetime.require_open()
+        for lease in leases:
+            self._slices[lease.slice].release(lease)
+
+    async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
+        self._lifetime.require_open()
+        appended = self._appended
+        if not any(self._unread(lease, limit=1) for lease in leases):
+            await self._clock.wait(appended, timeout)
+
+    async def trim(self) -> None:
+        self._lifetime.require_open()
+        for each in self._slices:
+            each.rows = each.after(each.position)
+
+    async def status(self) -> list[SliceStatus]:
+        self._lifetime.require_open()
+        now = self._clock.now()
+        return [each.status(now) for each in self._slices]
+
+    def _unread(self, lease: Lease, limit: int) -> list[_Row]:
+        return self._slices[lease.slice].after(int(lease.position), limit)

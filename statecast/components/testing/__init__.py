@@ -1,0 +1,6 @@
+"""Contract suites: pytest classes that prove a backend keeps what its seam's docstrings promise."""
+
+from statecast.components.testing.log import OutboxLogContract
+from statecast.components.testing.state import SharedStateStoreContract, StateStoreContract
+
+__all__ = ["OutboxLogContract", "SharedStateStoreContract", "StateStoreContract"]
