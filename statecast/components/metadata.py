@@ -4,14 +4,15 @@ import logging
 import re
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
-from statecast.components.manifest import Component
+from statecast.components.duration import parse_duration
+from statecast.components.manifest import Component, describe
 from statecast.errors import ComponentError
 
 logger = logging.getLogger(__name__)
 
-STATE_FIELDS = frozenset(
+STATE_FIELDS: Final = frozenset(
     {
         "keyPrefix",
         "actorStateStore",
@@ -27,13 +28,24 @@ STATE_FIELDS = frozenset(
 )
 """Fields of every state store, which the runtime reads and a backend need not know."""
 
-BROKER_FIELDS = frozenset({"allowedTopics", "publishingScopes", "subscriptionScopes", "protectedTopics"})
+BROKER_FIELDS: Final = frozenset({"allowedTopics", "publishingScopes", "subscriptionScopes", "protectedTopics"})
 """Fields of every pub/sub component, likewise."""
 
-_TRUE = frozenset({"y", "yes", "true", "t", "on", "1"})
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
-_DURATION = re.compile(rf"[+-]?(?:{_DURATION_PART.pattern})+")
+_TRUE: Final = frozenset({"y", "yes", "true", "t", "on", "1"})
+_FALSE: Final = frozenset({"n", "no", "false", "f", "off", "0"})
+_WHOLE_NUMBER: Final = re.compile(r"[+-]?[0-9]{1,40}")
+_SECRET_ENDINGS: Final = (
+    "password",
+    "passphrase",
+    "secret",
+    "token",
+    "key",
+    "credentials",
+    "connectionstring",
+    "dsn",
+    "url",
+    "uri",
+)
 
 
 def is_truthy(text: str) -> bool:
@@ -41,55 +53,60 @@ def is_truthy(text: str) -> bool:
     return text.strip().lower() in _TRUE
 
 
-def parse_duration(text: str, bare: Literal["seconds", "milliseconds"]) -> timedelta:
-    """Parse Go's `1h30m`, `500ms`, or a bare whole number in the given unit. Raises ValueError."""
-    text = text.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
-        return timedelta(**{bare: int(text)})
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"{text!r} is no duration")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(text))
-    return timedelta(seconds=-seconds if text.startswith("-") else seconds)
+def is_secret_name(name: str) -> bool:
+    """Tell by its name whether a field may hold a secret: `redisPassword`, `connectionString`, `clientKey`, `url`."""
+    return name.lower().endswith(_SECRET_ENDINGS)
+
+
+class _Given(NamedTuple):
+    name: str
+    value: str
 
 
 class MetadataReader:
     """Hands out a component's metadata field by field; `finish` warns about what nobody asked for.
 
-    Names match in any case. An empty value counts as not given. Every reading method raises ComponentError, which
-    names the field and what it takes, and its value unless that is secret.
+    Names match in any case, so the same name in two spellings is an error. An empty value counts as not given.
+    Every reading method raises ComponentError, which names the field and what it takes, and its value unless that
+    may be secret: the component says so, or the field's name does.
     """
 
     def __init__(self, component: Component, runtime_fields: Iterable[str]) -> None:
         self._component = component
-        self._values = {name.lower(): value for name, value in component.metadata.items()}
+        self._given = _by_lower_name(component)
         self._asked = {name.lower() for name in runtime_fields}
 
     def text(self, name: str, *, aliases: Iterable[str] = (), default: str | None = None) -> str | None:
-        names = [name.lower(), *(alias.lower() for alias in aliases)]
-        self._asked.update(names)
-        return next((value for each in names if (value := self._values.get(each))), default)
+        """Give the field's value, or that of the first of `aliases` that has one."""
+        given = self._find(name, aliases)
+        return default if given is None else given.value
 
     def required_text(self, name: str, *, aliases: Iterable[str] = ()) -> str:
+        aliases = tuple(aliases)
         value = self.text(name, aliases=aliases)
         if value is None:
-            raise self.error(name, "is required")
+            raise self.error(name, f"(or {', '.join(aliases)}) is required" if aliases else "is required")
         return value
 
     def boolean(self, name: str, *, default: bool = False) -> bool:
-        value = self.text(name)
-        return default if value is None else is_truthy(value)
+        given = self._find(name)
+        if given is None:
+            return default
+        if given.value.strip().lower() not in _TRUE | _FALSE:
+            raise self.error(given.name, "takes true or false")
+        return is_truthy(given.value)
 
     def integer(self, name: str, *, default: int, minimum: int | None = None, maximum: int | None = None) -> int:
-        value = self.text(name)
-        if value is None:
+        given = self._find(name)
+        if given is None:
             return default
-        if not re.fullmatch(r"[+-]?\d+", value.strip()):
-            raise self.error(name, "takes a whole number")
-        number = int(value)
+        if not _WHOLE_NUMBER.fullmatch(given.value.strip()):
+            raise self.error(given.name, "takes a whole number")
+        number = int(given.value)
         if minimum is not None and number < minimum:
-            raise self.error(name, f"must be {minimum} or more")
+            raise self.error(given.name, f"must be {minimum} or more")
         if maximum is not None and number > maximum:
-            raise self.error(name, f"must be {maximum} or less")
+            raise self.error(given.name, f"must be {maximum} or less")
         return number
 
     def duration(
@@ -101,25 +118,29 @@ class MetadataReader:
         aliases: Iterable[str] = (),
         minimum: timedelta | None = None,
     ) -> timedelta:
-        value = self.text(name, aliases=aliases)
-        if value is None:
+        given = self._find(name, aliases)
+        if given is None:
             return default
         try:
-            duration = parse_duration(value, bare)
+            duration = parse_duration(given.value, bare)
         except ValueError:
-            raise self.error(name, f"takes a duration such as 500ms, 20s or 1h, or a number of {bare}") from None
+            expectation = f"takes a duration such as 500ms, 20s or 1h, or a number of {bare}"
+            raise self.error(given.name, expectation) from None
         if minimum is not None and duration < minimum:
-            raise self.error(name, f"must be {minimum.total_seconds():g}s or more")
+            raise self.error(given.name, f"must be {minimum.total_seconds():g}s or more")
         return duration
 
     def choice(self, name: str, choices: Iterable[str], *, default: str) -> str:
-        value = self.text(name)
-        if value is None:
+        """Give the one of `choices` that the value is, in any case of letters."""
+        given = self._find(name)
+        if given is None:
             return default
         choices = tuple(choices)
-        if value.strip().lower() not in choices:
-            raise self.error(name, f"takes one of {', '.join(choices)}")
-        return value.strip().lower()
+        word = given.value.strip().lower()
+        chosen = next((choice for choice in choices if choice.lower() == word), None)
+        if chosen is None:
+            raise self.error(given.name, f"takes one of {', '.join(choices)}")
+        return chosen
 
     def unsupported(self, *names: str) -> None:
         """Name fields that Dapr knows and this version does not act on: a warning for each one that is given."""
@@ -139,9 +160,23 @@ class MetadataReader:
                 )
 
     def error(self, name: str, expectation: str) -> ComponentError:
-        """Make the error for one field: `components/a.yaml, document 1: component 'x', field 'y' ...`."""
-        shown = ""
-        if (value := self._values.get(name.lower())) and name.lower() not in self._component.secret_fields:
-            shown = f"; it is {value!r}"
-        origin = f"{self._component.origin}: " if self._component.origin else ""
-        return ComponentError(f"{origin}component {self._component.name!r}: {name} {expectation}{shown}")
+        """Make the error for one field: `a.yaml, document 1: component 'x': redisDB takes a whole number; it is 'a'`."""
+        value = self._given.get(name.lower())
+        is_shown = value and not is_secret_name(name) and name.lower() not in self._component.secret_fields
+        shown = f"; it is {value!r}" if is_shown else ""
+        return ComponentError(f"{describe(self._component)}: {name} {expectation}{shown}")
+
+    def _find(self, name: str, aliases: Iterable[str] = ()) -> _Given | None:
+        names = (name, *aliases)
+        self._asked.update(each.lower() for each in names)
+        return next((_Given(each, value) for each in names if (value := self._given.get(each.lower()))), None)
+
+
+def _by_lower_name(component: Component) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for name, value in component.metadata.items():
+        if name.lower() in given:
+            # dapr/kit metadata/utils.go: duplicate after lower-casing
+            raise ComponentError(f"{describe(component)}: {name} is given twice, in different spellings; give one")
+        given[name.lower()] = value
+    return given
