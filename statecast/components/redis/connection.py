@@ -1,0 +1,252 @@
+"""One connection to a Redis server: commands go out, replies come back in step. hiredis does the parsing."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import hiredis
+
+from statecast.components.redis.settings import Address, Credentials, RedisSettings, Sentinel
+
+_INCOMPLETE = object()
+
+Argument = str | bytes | int | float
+Reply = Any
+"""What a server answered: bytes, int, None, a list of these, or an `ErrorReply`."""
+
+
+class NotSent(Exception):
+    """It is proven that the server has not seen the command."""
+
+
+class Unanswered(Exception):
+    """The command was sent and no reply came: it may have been carried out, or may be later."""
+
+
+class ErrorReply(Exception):
+    """The server's own error: `OOM command not allowed when used memory > 'maxmemory'.`"""
+
+    @property
+    def code(self) -> str:
+        return str(self).partition(" ")[0]
+
+
+def pack(*arguments: Argument) -> bytes:
+    return cast(bytes, hiredis.pack_command(cast(Any, arguments)))
+
+
+class Command:
+    """One command on its way. Its reply, errors of the server included, becomes the result of `reply`."""
+
+    __slots__ = ("is_answered", "is_sent", "packed", "reply")
+
+    def __init__(self, packed: bytes, reply: asyncio.Future[Reply]) -> None:
+        self.packed = packed
+        self.reply = reply
+        self.is_sent = False
+        self.is_answered = False
+
+    def fail(self, error: Exception) -> None:
+        self.is_answered = True
+        if not self.reply.done():
+            self.reply.set_exception(error)
+
+
+class Connection(asyncio.Protocol):
+    """Carries commands in order and gives each its reply, whether or not somebody still waits for it.
+
+    When nothing comes for `read_timeout` seconds while replies are owed, or the connection breaks, every command that
+    was written fails as Unanswered and `on_lost` is called once; the connection is of no use then.
+    """
+
+    def __init__(
+        self,
+        read_timeout: float,
+        *,
+        on_lost: Callable[["Connection"], None] = lambda connection: None,
+        on_writable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._read_timeout = read_timeout
+        self._on_lost = on_lost
+        self._on_writable = on_writable
+        self._reader = hiredis.Reader(replyError=ErrorReply, notEnoughData=_INCOMPLETE)
+        self._owed: deque[Command] = deque()
+        self._transport: asyncio.Transport | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._last_sign = 0.0
+        self._reason = "the server closed the connection"
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self.is_writable = False
+
+    @property
+    def owed(self) -> Iterable[Command]:
+        """The commands that were written and have no reply yet."""
+        return self._owed
+
+    def write(self, commands: Sequence[Command]) -> None:
+        """Write all commands in one go."""
+        transport = self._transport
+        assert transport is not None
+        if not self._owed:
+            self._last_sign = self._loop.time()
+        for command in commands:
+            command.is_sent = True
+        self._owed.extend(commands)
+        transport.write(b"".join([command.packed for command in commands]))
+        if self._watchdog is None:
+            self._watchdog = self._loop.call_later(self._read_timeout, self._watch)
+
+    async def call(self, *arguments: Argument) -> Reply:
+        """Send one command and wait for its reply. Raises Unanswered, ErrorReply."""
+        command = Command(pack(*arguments), self._loop.create_future())
+        if not self.is_writable:
+            raise NotSent(self._reason)
+        self.write([command])
+        reply = await command.reply
+        if isinstance(reply, ErrorReply):
+            raise reply
+        return reply
+
+    def abort(self, reason: str) -> None:
+        self._reason = reason
+        self.is_writable = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_writable = True
+
+    def data_received(self, data: bytes) -> None:
+        self._last_sign = self._loop.time()
+        gets, owed = self._reader.gets, self._owed
+        try:
+            self._reader.feed(data)
+            while (reply := gets()) is not _INCOMPLETE:
+                command = owed.popleft()
+                command.is_answered = True
+                if not command.reply.done():
+                    command.reply.set_result(reply)
+        except (hiredis.HiredisError, IndexError) as error:
+            self.abort(f"the server sent what is no reply: {error}")
+
+    def pause_writing(self) -> None:
+        self.is_writable = False
+
+    def resume_writing(self) -> None:
+        self.is_writable = True
+        self._on_writable()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_writable = False
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        reason = f"{self._reason}: {error}" if error else self._reason
+        while self._owed:
+            self._owed.popleft().fail(Unanswered(reason))
+        self.lost.set_result(None)
+        self._on_lost(self)
+
+    def _watch(self) -> None:
+        """End a connection on which the server is silent; one timer serves all commands."""
+        self._watchdog = None
+        if not self._owed:
+            return
+        left = self._last_sign + self._read_timeout - self._loop.time()
+        if left > 0:
+            self._watchdog = self._loop.call_later(left, self._watch)
+        else:
+            self.abort(f"the server was silent for {self._read_timeout:g} s")
+
+
+async def connect(
+    settings: RedisSettings,
+    *,
+    on_lost: Callable[[Connection], None],
+    on_writable: Callable[[], None],
+    read_timeout: float | None = None,
+) -> Connection:
+    """Open a connection that is authenticated and in its database. Raises NotSent, with the reason."""
+    address = settings.address
+    if read_timeout is None:
+        read_timeout = settings.read_timeout.total_seconds()
+    try:
+        async with asyncio.timeout(settings.dial_timeout.total_seconds()):
+            if settings.sentinel is not None:
+                address = await _master_address(settings, settings.sentinel)
+            connection = await _dial(address, settings, read_timeout, on_lost=on_lost, on_writable=on_writable)
+            try:
+                await _greet(connection, settings)
+            except BaseException:
+                connection.abort("the handshake failed")
+                raise
+            return connection
+    except TimeoutError:
+        raise NotSent(f"no answer from {address} within {settings.dial_timeout.total_seconds():g} s") from None
+    except (OSError, ErrorReply, Unanswered) as error:
+        raise NotSent(f"no connection to {address}: {error}") from error
+
+
+async def _dial(
+    address: Address,
+    settings: RedisSettings,
+    read_timeout: float,
+    *,
+    on_lost: Callable[[Connection], None] = lambda connection: None,
+    on_writable: Callable[[], None] = lambda: None,
+) -> Connection:
+    _, connection = await asyncio.get_running_loop().create_connection(
+        lambda: Connection(read_timeout, on_lost=on_lost, on_writable=on_writable),
+        address.host,
+        address.port,
+        ssl=settings.tls,
+    )
+    return connection
+
+
+async def _greet(connection: Connection, settings: RedisSettings) -> None:
+    await _authenticate(connection, settings.credentials)
+    if settings.database:
+        await connection.call("SELECT", settings.database)
+    if settings.sentinel is not None:
+        # A sentinel may still name a master that has been demoted.
+        role = await connection.call("ROLE")
+        if role[0] != b"master":
+            raise NotSent("the sentinels name a server that is not the master")
+
+
+async def _authenticate(connection: Connection, credentials: Credentials) -> None:
+    if credentials.password is None:
+        return
+    if credentials.username is None:
+        await connection.call("AUTH", credentials.password)
+    else:
+        await connection.call("AUTH", credentials.username, credentials.password)
+
+
+async def _master_address(settings: RedisSettings, sentinel: Sentinel) -> Address:
+    reasons: list[str] = []
+    for address in sentinel.addresses:
+        try:
+            return await _ask_sentinel(address, settings, sentinel)
+        except (OSError, ErrorReply, Unanswered, NotSent) as error:
+            reasons.append(f"{address}: {error}")
+    raise NotSent(f"no sentinel knows master {sentinel.master!r} ({'; '.join(reasons)})")
+
+
+async def _ask_sentinel(address: Address, settings: RedisSettings, sentinel: Sentinel) -> Address:
+    # A sentinel that is gone must leave time to ask the next one.
+    share = settings.dial_timeout.total_seconds() / (len(sentinel.addresses) + 1)
+    async with asyncio.timeout(share):
+        connection = await _dial(address, settings, settings.read_timeout.total_seconds())
+        try:
+            await _authenticate(connection, sentinel.credentials)
+            named = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", sentinel.master)
+        finally:
+            connection.abort("asked")
+            await connection.lost
+    if named is None:
+        raise NotSent("is not known there")
+    return Address(named[0].decode(), int(named[1]))

@@ -1,0 +1,177 @@
+"""Commands of one tick of the event loop leave as one write: the connection that all callers share."""
+
+import asyncio
+from hashlib import sha1
+from types import TracebackType
+from typing import Self
+
+from statecast.components.redis.connection import (
+    Argument,
+    Command,
+    Connection,
+    ErrorReply,
+    NotSent,
+    Reply,
+    Unanswered,
+    connect,
+    pack,
+)
+from statecast.components.redis.settings import RedisSettings
+
+_OUTCOME_PATIENCE = 2.0
+"""How many seconds a cancelled caller waits for the outcome of what was sent, and closing for what is in flight."""
+
+
+class Script:
+    """A Lua script that is called by its digest."""
+
+    __slots__ = ("digest", "source")
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.digest = sha1(source.encode(), usedforsecurity=False).hexdigest()
+
+
+class Pipeline:
+    """Sends what is submitted during one tick in one write, and connects again when the connection was lost.
+
+    Nothing is ever sent twice. While the server does not take more, commands queue here and can be withdrawn.
+    """
+
+    def __init__(self, settings: RedisSettings, *, read_timeout: float | None = None) -> None:
+        self._settings = settings
+        self._read_timeout = read_timeout
+        self._queue: list[Command] = []
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_flush_due = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop = None
+        self._fail_queue(NotSent("the connection is closed"))
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if (connection := self._connection) is not None:
+            try:
+                await _settled(connection)
+            finally:
+                connection.abort("the connection was closed")
+                await connection.lost
+
+    def submit(self, packed: bytes) -> Command:
+        """Queue a command for this tick's write. Raises NotSent when the pipeline is not open."""
+        if self._loop is None:
+            raise NotSent("the connection is not open")
+        command = Command(packed, self._loop.create_future())
+        self._queue.append(command)
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._loop.call_soon(self._flush)
+        return command
+
+    async def call(self, packed: bytes) -> Reply:
+        """Send a command and wait for its reply; an error of the server is a value here. Raises NotSent, Unanswered.
+
+        Cancelled while the command is queued, it is withdrawn. Cancelled when it is sent, it waits for the outcome
+        for a while, so that a caller who is gone has not left something behind that happens later.
+        """
+        command = self.submit(packed)
+        try:
+            return await command.reply
+        except asyncio.CancelledError:
+            _retrieve(command.reply)
+            if command.is_sent and not command.is_answered:
+                command.reply = asyncio.get_running_loop().create_future()
+                command.reply.add_done_callback(_retrieve)
+                await asyncio.wait([command.reply], timeout=_OUTCOME_PATIENCE)
+            raise
+
+    async def run(self, script: Script, *arguments: Argument) -> Reply:
+        """Run a script; `arguments` are the number of keys, the keys, the rest.
+
+        Raises NotSent, Unanswered, ErrorReply.
+        """
+        reply = await self.call(pack("EVALSHA", script.digest, *arguments))
+        if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
+            # The digest was not known, so nothing was carried out. Both commands leave in one write, in this order.
+            self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
+            reply = await self.call(pack("EVALSHA", script.digest, *arguments))
+        if type(reply) is ErrorReply:
+            raise reply
+        return reply
+
+    async def command(self, *arguments: Argument) -> Reply:
+        """Send one command and wait for its reply. Raises NotSent, Unanswered, ErrorReply."""
+        reply = await self.call(pack(*arguments))
+        if type(reply) is ErrorReply:
+            raise reply
+        return reply
+
+    def abort(self, reason: str) -> None:
+        """Give up what is in flight; the next command connects again."""
+        if self._connection is not None:
+            self._connection.abort(reason)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        connection = self._connection
+        if connection is None:
+            self._connect()
+        elif connection.is_writable and self._queue:
+            # A caller that was cancelled meanwhile is withdrawn here: its command never leaves.
+            commands = [command for command in self._queue if not command.reply.done()]
+            self._queue.clear()
+            if commands:
+                connection.write(commands)
+
+    def _connect(self) -> None:
+        if self._connecting is None and self._loop is not None and self._queue:
+            self._connecting = self._loop.create_task(self._open())
+
+    async def _open(self) -> None:
+        try:
+            connection = await connect(
+                self._settings, on_lost=self._lose, on_writable=self._flush, read_timeout=self._read_timeout
+            )
+        except NotSent as error:
+            self._fail_queue(error)
+        else:
+            self._connection = connection
+            if connection.lost.done():
+                self._lose(connection)
+        finally:
+            self._connecting = None
+        self._flush()
+
+    def _lose(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            self._fail_queue(NotSent("the connection was lost before the command was sent"))
+
+    def _fail_queue(self, error: NotSent) -> None:
+        commands, self._queue = self._queue, []
+        for command in commands:
+            command.fail(error)
+
+
+async def _settled(connection: Connection) -> None:
+    replies = [command.reply for command in connection.owed]
+    if replies:
+        await asyncio.wait(replies, timeout=_OUTCOME_PATIENCE)
+
+
+def _retrieve(reply: asyncio.Future[Reply]) -> None:
+    """Look at an outcome that nobody else will, so that the event loop does not complain about it."""
+    if reply.done() and not reply.cancelled():
+        reply.exception()
+
+
+__all__ = ["ErrorReply", "NotSent", "Pipeline", "Script", "Unanswered", "pack"]

@@ -1,0 +1,178 @@
+"""A commit as the server's script takes it, and what the script answers as values and errors. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import msgpack  # type: ignore[import-untyped]  # has no stubs
+import orjson
+
+from statecast.components.redis.connection import Reply
+from statecast.components.state.commit import (
+    ABSENT,
+    Commit,
+    Delete,
+    ETag,
+    Item,
+    KeyChange,
+    OutboxRecord,
+    Upsert,
+    collapse,
+    etags_after,
+)
+from statecast.components.state.log import slice_of
+from statecast.components.state.redis.keys import KeyNames
+from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
+
+_ONLY_CHECK: Final = 0
+_UPSERT: Final = 1
+_DELETE: Final = 2
+
+_NEVER: Final = ()
+"""A condition that no version fulfils: to the server it is an empty table, and a version is text."""
+
+_LARGEST_ARGUMENT = 512 * 1024 * 1024
+"""Redis' proto-max-bulk-len: more than that, and the server drops the connection."""
+
+# The server's cmsgpack knows no bin type.
+_pack = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass").pack
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedCommit:
+    """`keys` are those of the script, in its order; `changes` are the operations they begin with.
+
+    `contradiction`: the commit's own conditions exclude each other. It is sent all the same, to be refused for its
+    marks and guards first.
+    """
+
+    keys: list[str]
+    argument: bytes
+    changes: Sequence[KeyChange]
+    slices: tuple[int, ...]
+    contradiction: ETagMismatch | None = None
+
+
+def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit:
+    """Bring a commit to keys and one argument. Raises InvalidRequest when it is too large."""
+    contradiction = None
+    try:
+        changes = collapse(commit.operations)
+        operations = [_encode_change(change) for change in changes]
+    except ETagMismatch as mismatch:
+        contradiction = mismatch
+        changes = [KeyChange(mismatch.key, None, None)]
+        operations = [(_NEVER, _ONLY_CHECK)]
+    written_slices, events = _encode_records(commit.records, slices)
+    argument: bytes = _pack(
+        (
+            operations,
+            [_milliseconds(max(mark.ttl, timedelta(milliseconds=1))) for mark in commit.marks],
+            [guard.token for guard in commit.guards],
+            len(written_slices),
+            events,
+        )
+    )
+    if len(argument) > _LARGEST_ARGUMENT:
+        raise InvalidRequest(f"a commit of {len(argument)} bytes is more than a Redis server takes in one command")
+    keys = [change.key for change in changes]
+    keys += map(names.mark, commit.marks)
+    keys += map(names.claim_of, commit.guards)
+    keys += map(names.stream, written_slices)
+    return EncodedCommit(keys, argument, changes, written_slices, contradiction)
+
+
+def decode_commit(reply: Reply, commit: Commit, encoded: EncodedCommit) -> tuple[ETag | None, ...]:
+    """Tell the etags after the commit. Raises what the script refused it for."""
+    if reply[0] != b"ok":
+        raise _refusal(reply, commit, encoded)
+    written = {
+        change.key: ETag(version.decode())
+        for change, version in zip(encoded.changes, reply[1:], strict=True)
+        if version is not None
+    }
+    return etags_after(commit.operations, written)
+
+
+def decode_item(key: str, found: Reply) -> Item | None:
+    """Read one answer of the read script. Raises CorruptState."""
+    if found is None:
+        return None
+    if len(found) == 1:
+        raise CorruptState(key, found[0].decode())
+    value, version, expiry = found
+    return Item(key, value, ETag(version.decode()), None if expiry < 0 else from_milliseconds(expiry))
+
+
+def decode_record(fields: Sequence[bytes]) -> OutboxRecord:
+    """Read an entry of the log's stream, which is `key K id I pubsub P topic T metadata {…} format 1 body B`."""
+    entry = dict(zip(fields[::2], fields[1::2], strict=True))
+    return OutboxRecord(
+        order_key=entry[b"key"].decode(),
+        event_id=entry[b"id"].decode(),
+        pubsub=entry[b"pubsub"].decode(),
+        topic=entry[b"topic"].decode(),
+        body=entry[b"body"],
+        metadata=orjson.loads(entry[b"metadata"]),
+        format=int(entry[b"format"]),
+    )
+
+
+def from_milliseconds(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+
+
+def _encode_change(change: KeyChange) -> tuple[Any, ...]:
+    expected = change.expected
+    condition = True if expected is ABSENT else expected or False
+    match change.write:
+        case Upsert() as upsert:
+            ttl = upsert.ttl
+            return (condition, _UPSERT, upsert.value, False if ttl is None else _milliseconds(ttl))
+        case Delete():
+            return (condition, _DELETE)
+        case None:
+            return (condition, _ONLY_CHECK)
+
+
+def _encode_records(records: Sequence[OutboxRecord], slices: int) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
+    places: dict[int, int] = {}
+    events: list[tuple[Any, ...]] = []
+    for record in records:
+        place = places.setdefault(slice_of(record.order_key, slices), len(places) + 1)
+        metadata = orjson.dumps(dict(record.metadata)) if record.metadata else b"{}"
+        events.append(
+            (
+                place,
+                record.order_key,
+                record.event_id,
+                record.pubsub,
+                record.topic,
+                metadata,
+                str(record.format),
+                record.body,
+            )
+        )
+    return tuple(places), events
+
+
+def _milliseconds(ttl: timedelta) -> str:
+    # As text: the server's Lua would turn a large number into floating point notation.
+    return str(-(-ttl // timedelta(milliseconds=1)))
+
+
+def _refusal(reply: Reply, commit: Commit, encoded: EncodedCommit) -> StatecastError:
+    reason, index = reply[0], reply[1] - 1
+    match reason:
+        case b"etag" if encoded.contradiction is not None:
+            return encoded.contradiction
+        case b"etag":
+            expected = encoded.changes[index].expected
+            return ETagMismatch(encoded.keys[index], None if expected is ABSENT else expected)
+        case b"duplicate":
+            return Duplicate(commit.marks[index].digest)
+        case b"fenced":
+            return Fenced(commit.guards[index].type, commit.guards[index].id)
+        case _:
+            return CorruptState(encoded.keys[index], reply[2].decode())
