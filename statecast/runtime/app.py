@@ -1,0 +1,246 @@
+"""The runtime in a process: components open, relays and subscriptions running, until the block ends."""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from statecast.clock import Clock, SystemClock
+from statecast.components.broker.broker import Broker, Published
+from statecast.components.loader import Source, load
+from statecast.components.metadata import MetadataReader
+from statecast.components.registry import Registry, installed
+from statecast.components.state.keys import key_prefix
+from statecast.components.state.log import SliceStatus
+from statecast.components.state.value import encode, with_content_type
+from statecast.errors import InvalidRequest, NotSupported, PublishFailed
+from statecast.outbox.event import EventIds, EventSource, Occurrence, render
+from statecast.outbox.progress import message_of
+from statecast.outbox.relay import Relay, RelayCounts, RelayOptions
+from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
+from statecast.pubsub.subscription import Handler, Subscription
+from statecast.runtime.opening import OpenComponents, OpenState, open_components
+from statecast.runtime.state import StateClient, StateSettings
+from statecast.runtime.supervisor import Run, Supervisor
+
+logger = logging.getLogger(__name__)
+
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """`relays=False`: commit, but leave the publishing to other processes. `publish_timeout` is that of `publish`.
+
+    `close` bounds how long closing waits for relays to drain, and then again for handlers to finish.
+    """
+
+    relays: bool = True
+    relay: RelayOptions = field(default_factory=RelayOptions)
+    publish_timeout: timedelta = timedelta(seconds=10)
+    close: timedelta = timedelta(seconds=10)
+
+
+class Runtime:
+    """All of statecast in one process; made by `Runtime.open`."""
+
+    def __init__(
+        self,
+        components: OpenComponents,
+        supervisor: Supervisor,
+        *,
+        app_id: str,
+        namespace: str,
+        clock: Clock,
+        options: RuntimeOptions,
+    ) -> None:
+        self.app_id = app_id
+        self._components = components
+        self._supervisor = supervisor
+        self._namespace = namespace
+        self._clock = clock
+        self._options = options
+        self._outbox_ids = EventIds("outbox")
+        self._event_ids = EventIds("event")
+        self._clients = {name: self._client_of(state) for name, state in components.states.items()}
+        self._relays: dict[str, Relay] = {}
+        self._subscriptions: dict[str, list[Subscription]] = {name: [] for name in components.brokers}
+
+    @staticmethod
+    @asynccontextmanager
+    async def open(
+        components: Source | Iterable[Source],
+        *,
+        app_id: str,
+        environment: Mapping[str, str] | None = None,
+        registry: Registry | None = None,
+        clock: Clock | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> "AsyncIterator[Runtime]":
+        """Open the components (a folder or a file of YAML, `Component` values, or several) and run their relays.
+
+        Leaving the block closes in reverse: relays publish what is committed, as far as they get in the time of
+        `options.close`, handlers finish what they hold, then brokers and stores close. What was not published is
+        published by the next process that opens the store.
+
+        Raises ComponentError, which names file, document, field and what is expected.
+        """
+        clock, options = clock or SystemClock(), options or RuntimeOptions()
+        registry = registry or installed()
+        environment = os.environ if environment is None else environment
+        loaded = await asyncio.to_thread(load, components, app_id, environment, registry=registry)
+        async with AsyncExitStack() as stack:
+            opened = await open_components(loaded, stack, app_id=app_id, registry=registry, clock=clock)
+            consumers = await stack.enter_async_context(Supervisor(clock, deadline=options.close))
+            relays = await stack.enter_async_context(Supervisor(clock, deadline=options.close))
+            runtime = Runtime(
+                opened,
+                consumers,
+                app_id=app_id,
+                namespace=environment.get("NAMESPACE", ""),
+                clock=clock,
+                options=options,
+            )
+            if options.relays:
+                runtime._start_relays(relays)
+            yield runtime
+
+    def state(self, name: str) -> StateClient:
+        """Give the client of a state store. Raises InvalidRequest where there is none of that name."""
+        self._state_named(name)
+        return self._clients[name]
+
+    async def publish(
+        self,
+        pubsub: str,
+        topic: str,
+        data: Any,
+        *,
+        type: str = DEFAULT_TYPE,
+        key: str | None = None,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        trace: TraceContext | None = None,
+    ) -> None:
+        """Publish one event at once, bound to no state; use a transaction for news of a change.
+
+        Returns when the broker has it. Raises PublishFailed where that is not certain; InvalidRequest for data that
+        is neither bytes nor JSON, or a component that is not there.
+        """
+        broker = self._broker_named(pubsub)
+        body, is_binary = encode(data)
+        metadata = with_content_type(metadata, content_type)
+        occurrence = Occurrence(
+            pubsub=pubsub,
+            topic=topic,
+            order_key=key or "",
+            key=key,
+            type=type,
+            subject="",
+            data=Data(body, metadata.get("contentType"), is_json=not is_binary),
+            metadata=metadata,
+        )
+        source = EventSource(self.app_id, self._clock.now(), trace or TraceContext(), self._event_ids)
+        message = message_of(render(occurrence, source))
+        (outcome,) = await broker.publish([message], self._options.publish_timeout)
+        if not isinstance(outcome, Published):
+            raise PublishFailed(topic, [outcome.reason])
+
+    def subscribe(self, pubsub: str, topic: str, *, store: str | None = None) -> Callable[[AnyHandler], AnyHandler]:
+        """Decorate the handler of a topic: it gets every event at least once, in the order the broker gives them.
+
+        One member of the group (all processes with this app id, unless the component's `consumerID` says another)
+        gets each event. A handler that raises gets the same event again, with growing pauses, before any later one.
+        Await `ready` to know that the subscription stands.
+        """
+        if store is not None:
+            raise NotSupported("a subscription with a store (the inbox) is not supported yet; leave out store=")
+        broker = self._broker_named(pubsub)
+
+        def start(handler: AnyHandler) -> AnyHandler:
+            subscription = Subscription(broker, topic, self.app_id, handler, clock=self._clock)
+            self._subscriptions[pubsub].append(subscription)
+            self._supervisor.start(f"subscription of {topic!r} on {pubsub!r}", subscription.run)
+            return handler
+
+        return start
+
+    async def ready(self, pubsub: str | None = None) -> None:
+        """Return once every subscription made so far (of one pub/sub component, or of all) stands."""
+        for name, subscriptions in self._subscriptions.items():
+            if pubsub in (None, name):
+                for subscription in tuple(subscriptions):
+                    await subscription.is_standing.wait()
+
+    async def outbox_status(self, store: str) -> list[SliceStatus]:
+        """Tell how far the relaying of a store's outbox is, slice by slice. Raises InvalidRequest, StoreUnavailable."""
+        state = self._state_named(store)
+        if state.outbox is None:
+            raise InvalidRequest(f"state store {store!r} has no outbox: outboxPublishPubsub is not set")
+        return await state.store.log.status()
+
+    def relay_counts(self, store: str) -> RelayCounts | None:
+        """Tell what this process's relay of a store has done; None where it runs none."""
+        relay = self._relays.get(store)
+        return None if relay is None else relay.counts
+
+    def _start_relays(self, supervisor: Supervisor) -> None:
+        for name, state in self._components.states.items():
+            if state.outbox is None:
+                continue
+            relay = Relay(
+                state.store.log,
+                self._components.brokers,
+                name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+                clock=self._clock,
+                options=self._options.relay,
+            )
+            self._relays[name] = relay
+            supervisor.start(f"outbox relay of {name!r}", self._after_subscriptions(relay, state.outbox.pubsub))
+
+    def _after_subscriptions(self, relay: Relay, pubsub: str) -> Run:
+        """Let the relay wait for the subscriptions made at the start: a broker that keeps nothing would drop what
+        was left over from an earlier run."""
+
+        async def run(stop: asyncio.Event) -> None:
+            async with asyncio.TaskGroup() as group:
+                standing = group.create_task(self.ready(pubsub))
+                stopping = group.create_task(stop.wait())
+                await asyncio.wait((standing, stopping), return_when=asyncio.FIRST_COMPLETED)
+                standing.cancel()
+                stopping.cancel()
+            await relay.run(stop)
+
+        return run
+
+    def _client_of(self, state: OpenState) -> StateClient:
+        fields = MetadataReader(state.component, ())
+        seconds = fields.integer("ttlInSeconds", default=0, minimum=-1)
+        settings = StateSettings(
+            name=state.component.name,
+            app_id=self.app_id,
+            keys=key_prefix(state.component, app_id=self.app_id, namespace=self._namespace),
+            outbox=state.outbox,
+            default_ttl=timedelta(seconds=seconds) if seconds > 0 else None,
+        )
+        return StateClient(state.store, settings, ids=self._outbox_ids, clock=self._clock)
+
+    def _state_named(self, name: str) -> OpenState:
+        if name not in self._components.states:
+            raise InvalidRequest(f"state store {name!r} is not loaded; loaded are: {_listed(self._components.states)}")
+        return self._components.states[name]
+
+    def _broker_named(self, name: str) -> Broker:
+        if name not in self._components.brokers:
+            raise InvalidRequest(f"pub/sub {name!r} is not loaded; loaded are: {_listed(self._components.brokers)}")
+        return self._components.brokers[name]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
