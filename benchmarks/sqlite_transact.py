@@ -1,0 +1,103 @@
+"""Commits of an upsert and its record by 32 tasks, beside aiosqlite that commits the same two inserts one by one."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import aiosqlite
+
+from benchmarks.ratio import Ratio
+from statecast.clock import SystemClock
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, OutboxRecord, Upsert
+from statecast.components.state.sqlite.state import SqliteStateStore
+
+TASKS: Final = 32
+SECONDS: Final = 3.0
+TARGET: Final = 15.0
+
+VALUE: Final = b'{"orderId": "order-1", "total": 250, "currency": "EUR"}'
+EVENT: Final = b'{"specversion": "1.0", "id": "outbox-1", "source": "orders", "data": ' + VALUE + b"}"
+
+CommitOne = Callable[[int], Awaitable[object]]
+
+
+async def measure() -> list[Ratio]:
+    """Run both on files in one folder, with a write-ahead log and `synchronous=FULL`."""
+    with TemporaryDirectory() as folder:
+        yardstick = await _aiosqlite_rate(Path(folder, "aiosqlite.db"))
+        ours = await _statecast_rate(Path(folder, "statecast.db"))
+    return [
+        Ratio("SQLite transact, 32 tasks", ours, yardstick, "commits/s", "aiosqlite, a commit per operation", TARGET)
+    ]
+
+
+async def _statecast_rate(path: Path) -> float:
+    component = Component("statestore", "state.sqlite", metadata={"connectionString": str(path)})
+    async with SqliteStateStore(component, app_id="orders", clock=SystemClock()) as store:
+
+        async def commit_one(number: int) -> None:
+            key = f"orders||order-{number}"
+            record = OutboxRecord(key, f"outbox-{number}", "pubsub", "orders", EVENT, {"partitionKey": key})
+            await store.transact(Commit((Upsert(key, VALUE),), records=(record,)))
+
+        return await _rate(commit_one)
+
+
+async def _aiosqlite_rate(path: Path) -> float:
+    async with aiosqlite.connect(path) as database:
+        await database.execute("PRAGMA journal_mode = wal")
+        await database.execute("PRAGMA synchronous = full")
+        await database.execute("CREATE TABLE state (key TEXT PRIMARY KEY, value TEXT, is_binary BOOLEAN, etag TEXT)")
+        await database.execute(
+            """CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, slice INTEGER, order_key TEXT,
+            event_id TEXT, pubsub TEXT, topic TEXT, metadata TEXT, body BLOB)"""
+        )
+        await database.commit()
+        # One connection has one transaction: two tasks inside of it would commit each other's halves.
+        one_at_a_time = asyncio.Lock()
+
+        async def commit_one(number: int) -> None:
+            key = f"orders||order-{number}"
+            async with one_at_a_time:
+                await database.execute(
+                    "INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?)", (key, VALUE.decode(), False, str(number))
+                )
+                await database.execute(
+                    """INSERT INTO outbox (slice, order_key, event_id, pubsub, topic, metadata, body)
+                    VALUES (?, ?, ?, ?, ?, ?, ?)""",
+                    (number % 16, key, f"outbox-{number}", "pubsub", "orders", "{}", EVENT),
+                )
+                await database.commit()
+
+        return await _rate(commit_one)
+
+
+async def _rate(commit_one: CommitOne) -> float:
+    numbers = count()
+    start = time.perf_counter()
+
+    async def work() -> None:
+        while time.perf_counter() - start < SECONDS:
+            await commit_one(next(numbers))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(TASKS):
+            group.create_task(work())
+    return next(numbers) / (time.perf_counter() - start)
+
+
+async def main() -> None:
+    for ratio in await measure():
+        print(
+            f"{ratio.name}: {ratio.ours:,.0f} {ratio.unit}, {ratio.value:.1f}x {ratio.yardstick_name}"
+            f" ({ratio.yardstick:,.0f}); target {ratio.target:g}x"
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,23 @@
+"""SQLite's errors in our words: the one place where they are translated."""
+
+import apsw
+
+from statecast.errors import InvalidRequest, StatecastError, StoreUnavailable
+
+BREAKING = (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError)
+"""After one of these the connection is not used again."""
+
+
+def refused(error: Exception, location: str) -> Exception:
+    """Translate an error of a statement whose effects were rolled back for certain."""
+    match error:
+        case StatecastError():
+            return error
+        case UnicodeEncodeError():
+            return InvalidRequest(f"{error.object!r} is no text that UTF-8 can hold")
+        case apsw.TooBigError():
+            return InvalidRequest(f"{location}: {error}")
+        case apsw.Error():
+            return StoreUnavailable(f"{location}: {error}")
+        case _:
+            return error

@@ -1,0 +1,274 @@
+"""The one writer thread: it commits in one transaction what has queued, each job in a savepoint of its own."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
+
+import apsw
+
+from statecast.components.state.sqlite.errors import BREAKING, refused
+from statecast.errors import OutcomeUnknown, StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Job = Callable[[apsw.Connection], T]
+"""What is done inside a transaction. Whatever it raises undoes it, and nothing else of its group."""
+
+GROUP_LIMIT: Final = 512
+CANCELLED_WAIT: Final = 2.0
+
+# Who commits without a pause keeps every other process out, since SQLite hands its lock to whoever asks next.
+_STRETCH: Final = 0.020
+_PAUSE: Final = 0.001
+
+
+class _Entry:
+    __slots__ = ("announces", "future", "is_taken", "is_withdrawn", "job", "settled", "since")
+
+    def __init__(self, job: Job[Any], future: asyncio.Future[Any], announces: bool, since: float) -> None:
+        self.job = job
+        self.future = future
+        self.announces = announces
+        self.since = since
+        self.is_taken = False
+        self.is_withdrawn = False
+        self.settled: asyncio.Future[None] | None = None
+
+
+@dataclass(slots=True)
+class _Outcome:
+    entry: _Entry
+    value: Any = None
+    error: Exception | None = None
+
+
+class Writer:
+    """Runs jobs in the order in which they are submitted; all methods are called on the event loop of `start`.
+
+    `connect` is called in the thread, at the first job and after a connection broke. `announce` is called on the
+    loop once jobs submitted with `announces` are committed.
+    """
+
+    def __init__(
+        self, connect: Callable[[], apsw.Connection], location: str, timeout: timedelta, announce: Callable[[], None]
+    ) -> None:
+        self._connect = connect
+        self._location = location
+        self._timeout = timeout.total_seconds()
+        self._announce = announce
+        self._connection: apsw.Connection | None = None
+        self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
+        self._taking = threading.Lock()
+        self._pending: dict[_Entry, None] = {}
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._is_open = False
+        self._is_ending = False
+        self._paused_at = 0.0
+        self._idle_since = 0.0
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        # A daemon: a disk that hangs must not keep the process from ending. What is not committed then never was.
+        self._thread = threading.Thread(target=self._run, name=f"sqlite writer {self._location}", daemon=True)
+        self._is_open = True
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Refuse new jobs, finish the queued ones and end the thread; give up on it after the timeout."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._queue.put(None)
+        await asyncio.wait([self._ended], timeout=self._timeout)
+        if not self._ended.done():
+            logger.warning("%s: the writer has not ended within %g s and is left behind", self._location, self._timeout)
+        self._expire(everything=True)
+
+    async def run(self, job: Job[T], *, announces: bool = False) -> T:
+        """Run `job` in a transaction and return its result once that is committed.
+
+        Raises what the job raises, StoreUnavailable when it is proven that nothing was written, OutcomeUnknown when
+        it is not. Cancelled while it is queued, the job is withdrawn; cancelled in a group, it waits for the outcome,
+        2 s at most.
+        """
+        if not self._is_open:
+            raise StoreUnavailable(f"{self._location} is not open")
+        loop = self._loop
+        entry = _Entry(job, loop.create_future(), announces, loop.time())
+        self._pending[entry] = None
+        if self._watchdog is None:
+            self._watchdog = loop.call_at(entry.since + self._timeout, self._expire)
+        self._queue.put(entry)
+        try:
+            return await entry.future  # type: ignore[no-any-return]  # set from this job's own result
+        except asyncio.CancelledError:
+            if not self._withdraw(entry):
+                await self._settlement(entry)
+            raise
+
+    async def _settlement(self, entry: _Entry) -> None:
+        if entry not in self._pending:
+            return
+        entry.settled = self._loop.create_future()
+        deadline = self._loop.time() + CANCELLED_WAIT
+        while not entry.settled.done() and (left := deadline - self._loop.time()) > 0:
+            try:
+                await asyncio.wait([entry.settled], timeout=left)
+            except asyncio.CancelledError:
+                # The first cancellation is on its way already; a second is no reason to leave before the outcome.
+                continue
+
+    def _withdraw(self, entry: _Entry) -> bool:
+        with self._taking:
+            if entry.is_taken:
+                return False
+            entry.is_withdrawn = True
+        self._pending.pop(entry, None)
+        return True
+
+    def _expire(self, everything: bool = False) -> None:
+        """Answer the jobs that have waited for too long, and look again when the next one will have."""
+        self._watchdog = None
+        now = self._loop.time()
+        for entry in list(self._pending):
+            due = entry.since + self._timeout
+            if due > now and not everything:
+                self._watchdog = self._loop.call_at(due, self._expire)
+                return
+            self._settle(_Outcome(entry, error=self._overdue(entry)))
+
+    def _overdue(self, entry: _Entry) -> Exception:
+        if self._withdraw(entry):
+            return StoreUnavailable(f"{self._location}: the writer was busy for {self._timeout:g} s")
+        return OutcomeUnknown(f"{self._location}: no answer within {self._timeout:g} s")
+
+    def _deliver(self, outcomes: list[_Outcome]) -> None:
+        is_news = False
+        for outcome in outcomes:
+            is_news = is_news or (outcome.entry.announces and outcome.error is None)
+            self._settle(outcome)
+        if is_news:
+            self._announce()
+
+    def _settle(self, outcome: _Outcome) -> None:
+        entry = outcome.entry
+        self._pending.pop(entry, None)
+        if entry.settled is not None and not entry.settled.done():
+            entry.settled.set_result(None)
+        if entry.future.done():
+            return
+        if outcome.error is None:
+            entry.future.set_result(outcome.value)
+        else:
+            entry.future.set_exception(outcome.error)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._is_ending:
+                first = self._queue.get()
+                self._pause_now_and_then()
+                if group := self._take(first):
+                    self._tell(self._deliver, self._commit(group))
+                    self._idle_since = time.monotonic()
+        finally:
+            self._disconnect()
+            self._tell(self._ended.set_result, None)
+
+    def _tell(self, callback: Callable[[Any], object], value: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, value)
+        except RuntimeError:
+            # The loop was closed without closing the store: nobody is left to be told.
+            self._is_ending = True
+
+    def _take(self, first: _Entry | None) -> list[_Entry]:
+        queue = self._queue
+        entries = [first, *(queue.get_nowait() for _ in range(min(queue.qsize(), GROUP_LIMIT)))]
+        self._is_ending = self._is_ending or None in entries
+        with self._taking:
+            group = [entry for entry in entries if entry is not None and not entry.is_withdrawn]
+            for entry in group:
+                entry.is_taken = True
+        return group
+
+    def _pause_now_and_then(self) -> None:
+        now = time.monotonic()
+        if now - self._idle_since >= _PAUSE:
+            self._paused_at = now
+        elif now - self._paused_at >= _STRETCH:
+            time.sleep(_PAUSE)
+            self._paused_at = time.monotonic()
+
+    def _commit(self, group: list[_Entry]) -> list[_Outcome]:
+        try:
+            connection = self._begin()
+            outcomes = [self._apply(connection, entry) for entry in group]
+        except Exception as error:
+            return self._rolled_back(group, error)
+        try:
+            connection.execute("COMMIT")
+        except (apsw.BusyError, apsw.FullError) as error:
+            return self._rolled_back(group, error)
+        except apsw.Error as error:
+            # The commit's last page may stand in the file although its fsync failed, and come back to life when the
+            # file is next recovered. (When the file was busy or the disk full, that page was not written.)
+            self._disconnect()
+            return _for_all(group, OutcomeUnknown(f"{self._location}: the commit ended in: {error}"))
+        return outcomes
+
+    def _begin(self) -> apsw.Connection:
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.execute("BEGIN IMMEDIATE")
+        return self._connection
+
+    def _apply(self, connection: apsw.Connection, entry: _Entry) -> _Outcome:
+        connection.execute("SAVEPOINT job")
+        try:
+            value = entry.job(connection)
+        except Exception as error:
+            # https://www.sqlite.org/lang_transaction.html §3: a full disk or an I/O error may undo all of the
+            # transaction. Going on then would commit every further savepoint by itself.
+            if not connection.in_transaction:
+                raise
+            connection.execute("ROLLBACK TO job")
+            connection.execute("RELEASE job")
+            return _Outcome(entry, error=refused(error, self._location))
+        connection.execute("RELEASE job")
+        return _Outcome(entry, value)
+
+    def _rolled_back(self, group: list[_Entry], error: Exception) -> list[_Outcome]:
+        self._roll_back(error)
+        if isinstance(error, apsw.FullError) and len(group) > 1:
+            # It may be the size of one of them: the others shall not pay for it.
+            return [outcome for entry in group for outcome in self._commit([entry])]
+        return _for_all(group, refused(error, self._location))
+
+    def _roll_back(self, error: Exception) -> None:
+        if isinstance(error, BREAKING):
+            self._disconnect()
+        elif self._connection is not None and self._connection.in_transaction:
+            try:
+                self._connection.execute("ROLLBACK")
+            except apsw.Error:
+                self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close(True)
+
+
+def _for_all(group: list[_Entry], error: Exception) -> list[_Outcome]:
+    return [_Outcome(entry, error=error) for entry in group]
