@@ -160,7 +160,7 @@ class MetadataReader:
                 )
 
     def error(self, name: str, expectation: str) -> ComponentError:
-        """Make the error for one field: `a.yaml, document 1: component 'x': redisDB takes a whole number; it is 'a'`."""
+        """Make the error for one field: `a.yaml, document 1: component 'x': redisDB must be 0 or more; it is '-1'`."""
         value = self._given.get(name.lower())
         is_shown = value and not is_secret_name(name) and name.lower() not in self._component.secret_fields
         shown = f"; it is {value!r}" if is_shown else ""
