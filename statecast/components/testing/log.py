@@ -101,10 +101,18 @@ class OutboxLogContract:
         epochs = []
         for _ in range(3):
             leases = await acquire_all(log)
-            epochs.append([lease.epoch for lease in leases])
+            epochs.append([lease.epoch for lease in by_slice(leases)])
             await log.release(leases)
 
-        assert all(a < b < c for a, b, c in zip(*epochs, strict=True))
+        assert all(first < second < third for first, second, third in zip(*epochs, strict=True))
+
+    async def test_an_owner_that_acquires_again_is_fenced_from_its_earlier_lease(self, log: OutboxLog) -> None:
+        before = await log.acquire("relay", log.slices, self.short_ttl)
+        again = await take_over(log, "relay")
+
+        assert await log.advance(before, HOUR) == []
+
+        assert by_slice(await log.advance(again, HOUR)) == by_slice(again)
 
     async def test_a_released_slice_can_be_leased_at_once(self, log: OutboxLog) -> None:
         leases = await acquire_all(log)
@@ -358,7 +366,7 @@ class OutboxLogContract:
         leases = await log.acquire("slow", log.slices, self.short_ttl)
         await until_free(log, *(lease.slice for lease in leases))
 
-        assert await log.advance(leases, HOUR) == leases
+        assert by_slice(await log.advance(leases, HOUR)) == by_slice(leases)
 
         assert await log.acquire("other", log.slices, HOUR) == []
 
@@ -639,6 +647,10 @@ async def _read_to_the_end(
         entries.extend(batch.entries)
         empty_reads = 0 if batch.entries else empty_reads + 1
     return entries, leases
+
+
+def by_slice(leases: Iterable[Lease]) -> list[Lease]:
+    return sorted(leases, key=lambda lease: lease.slice)
 
 
 def by_key(records: Iterable[OutboxRecord]) -> dict[str, list[str]]:

@@ -49,11 +49,16 @@ from statecast.components.testing.log import (
     StoreFactory,
     acquire_all,
     assert_chains_are_read_in_order,
+    by_key,
+    by_slice,
     drain,
     new_record,
+    read_all,
+    read_some,
+    take_over,
 )
 from statecast.components.testing.model import Lane
-from statecast.errors import Duplicate, ETagMismatch, Fenced, StatecastError, StoreUnavailable
+from statecast.errors import Duplicate, ETagMismatch, Fenced, OutcomeUnknown, StatecastError, StoreUnavailable
 
 
 class StateStoreContract:
@@ -639,12 +644,17 @@ class StateStoreContract:
         assert item.expires_at is not None
         assert item.expires_at.tzinfo is not None
         assert abs(item.expires_at - (asked_at + HOUR)) < PATIENCE
+        assert await store.bulk_get(["orders||1"]) == [item]
 
     async def test_a_value_is_gone_after_its_time(self, store: StateStore) -> None:
         await store.transact(commit(Upsert("orders||1", b"1", ttl=self.short_ttl), Upsert("orders||2", b"2", ttl=HOUR)))
 
-        await until_absent(store, "orders||1")
+        async def is_gone() -> bool:
+            return values(await store.bulk_get(["orders||1", "orders||2"])) == [None, b"2"]
 
+        await until(is_gone)
+
+        assert await store.get("orders||1") is None
         assert await value_of(store, "orders||2") == b"2"
 
     async def test_an_overwrite_without_a_time_to_live_stays(self, store: StateStore) -> None:
@@ -727,6 +737,22 @@ class StateStoreContract:
         assert logged == {str(number) for number in range(200) if first[number]}
         assert all(first[n] for n, outcome in enumerate(outcomes) if isinstance(outcome, tuple))
         await self._assert_that_calls_go_through(store, 200)
+
+    async def test_a_cancelled_commit_that_is_repeated_with_its_mark_takes_effect_once(self, store: StateStore) -> None:
+        chance = random.Random(11)
+        records = [new_record(f"orders||{number}", str(number)) for number in range(60)]
+        commits = [commit(Upsert(each.order_key, b"1"), records=[each], marks=[new_mark()]) for each in records]
+        tasks = [asyncio.create_task(store.transact(each)) for each in commits]
+
+        for task in tasks:
+            task.cancel()
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(is_applied(store, each) for each in commits))
+
+        assert by_key(await drain(store.log)) == by_key(records)
+        assert values(await store.bulk_get([each.order_key for each in records])) == [b"1"] * len(records)
 
     async def test_cancelled_reads_leak_nothing(self, store: StateStore) -> None:
         tasks = [asyncio.create_task(store.get("orders||1")) for _ in range(200)]
@@ -833,6 +859,47 @@ class SharedStateStoreContract(StateStoreContract):
                 await store.transact(commit(marks=[mark]))
             assert await drain(store.log) == [record]
 
+    async def test_positions_and_epochs_of_the_log_are_kept_over_a_reopen(self, make_store: StoreFactory) -> None:
+        records = [new_record("orders||1", str(number)) for number in range(10)]
+        async with make_store() as store:
+            await store.transact(commit(records=records))
+            batch = await read_some(store.log, await acquire_all(store.log), limit=4)
+            await store.log.release(batch.leases)
+
+        async with make_store() as store:
+            leases = await acquire_all(store.log)
+            rest = await read_all(store.log, leases)
+
+        assert [entry.record for entry in (*batch.entries, *rest)] == records
+        assert all(new.epoch > old.epoch for new, old in zip(by_slice(leases), by_slice(batch.leases), strict=True))
+
+    async def test_a_log_that_was_read_and_trimmed_to_the_end_goes_on_after_a_reopen(
+        self, make_store: StoreFactory
+    ) -> None:
+        for number in range(3):
+            async with make_store() as store:
+                record = new_record("orders||1", str(number))
+                await store.transact(commit(records=[record]))
+
+                assert await drain(store.log) == [record]
+                await store.log.trim()
+
+    async def test_closing_with_commits_in_flight_ends_every_one_of_them(self, make_store: StoreFactory) -> None:
+        keys = [f"orders||{number}" for number in range(50)]
+        async with make_store() as store:
+            tasks = [asyncio.create_task(store.transact(commit(Upsert(key, b"1")))) for key in keys]
+            await asyncio.sleep(0)
+
+        async with asyncio.timeout(PATIENCE.total_seconds()):
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+
+        assert all(isinstance(outcome, tuple | StoreUnavailable | OutcomeUnknown) for outcome in outcomes), outcomes
+        async with make_store() as store:
+            stored = values(await store.bulk_get(keys))
+        for value, outcome in zip(stored, outcomes, strict=True):
+            assert value is not None or not isinstance(outcome, tuple)
+            assert value is None or not isinstance(outcome, StoreUnavailable)
+
     async def test_ten_stores_open_at_once(self, make_store: StoreFactory) -> None:
         everyone_is_open = asyncio.Barrier(10)
 
@@ -933,6 +1000,27 @@ class SharedStateStoreContract(StateStoreContract):
         assert sorted(lease.slice for lease in first + second) == list(range(store.log.slices))
         assert await store.log.acquire("third", store.log.slices, HOUR) == []
 
+    async def test_a_lease_taken_over_by_the_other_store_cannot_advance(
+        self, store: StateStore, other: StateStore
+    ) -> None:
+        records = [new_record("orders||1", str(number)) for number in range(5)]
+        await store.transact(commit(records=records))
+        leases = await store.log.acquire("frozen", store.log.slices, self.short_ttl)
+        frozen = await read_some(store.log, leases, limit=10)
+        owned = await take_over(other.log, "owner")
+
+        assert await store.log.advance(frozen.leases, HOUR) == []
+        await store.log.release(frozen.leases)
+
+        assert [entry.record for entry in await read_all(other.log, owned)] == records
+        assert len(await other.log.advance(owned, HOUR)) == other.log.slices
+
+    async def test_relays_of_both_stores_are_counted(self, store: StateStore, other: StateStore) -> None:
+        counts = [await store.log.heartbeat("first", HOUR), await other.log.heartbeat("second", HOUR)]
+
+        assert counts == [1, 2]
+        assert await store.log.heartbeat("first", HOUR) == 2
+
     async def test_a_wait_ends_after_a_commit_of_the_other_store(self, store: StateStore, other: StateStore) -> None:
         follower = Follower(store.log, await acquire_all(store.log), timeout=HOUR)
 
@@ -1026,7 +1114,7 @@ def values(items: Sequence[Item | None]) -> list[bytes | None]:
 
 async def until_absent(store: StateStore, *keys: str) -> None:
     async def are_absent() -> bool:
-        return not any(await store.bulk_get(keys))
+        return not any([await store.get(key) for key in keys])
 
     await until(are_absent)
 
