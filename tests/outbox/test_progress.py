@@ -1,0 +1,154 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statecast.components.broker.broker import Outcome, Published, Refused
+from statecast.components.state.commit import OutboxRecord
+from statecast.components.state.log import Batch, Lease, LogEntry
+from statecast.outbox.progress import BackOff, Progress, fair_share, message_of
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+REFUSED = Refused("no")
+
+
+def lease(number: int, position: int = 0) -> Lease:
+    return Lease(number, "relay", 1, str(position))
+
+
+def entry(number: int, name: str) -> LogEntry:
+    return LogEntry(number, OutboxRecord(f"key-{number}", name, "bus", "orders", b"{}"), NOON)
+
+
+def names(entries: list[LogEntry]) -> list[str]:
+    return [each.record.event_id for each in entries]
+
+
+def with_two_slices() -> Progress:
+    progress = Progress()
+    progress.add([lease(0), lease(1)])
+    entries = (entry(0, "a1"), entry(1, "b1"), entry(0, "a2"), entry(1, "b2"))
+    progress.take(Batch(entries, (lease(0, 10), lease(1, 10))))
+    return progress
+
+
+def test_a_slice_that_is_published_is_settled_behind_the_batch() -> None:
+    progress = with_two_slices()
+    due = progress.due(0.0)
+
+    failed = progress.settle(due, [Published()] * 4, now=0.0)
+
+    assert names(due) == ["a1", "a2", "b1", "b2"]
+    assert failed == []
+    assert progress.settled() == progress.readable() == [lease(0, 10), lease(1, 10)]
+
+
+def test_a_slice_with_a_refused_entry_keeps_its_position_and_only_what_is_left() -> None:
+    progress = with_two_slices()
+
+    (failed,) = progress.settle(progress.due(0.0), [REFUSED, Published(), Published(), Published()], now=0.0)
+
+    assert names(list(failed.waiting)) == ["a1"]
+    assert progress.settled() == [lease(0, 0), lease(1, 10)]
+    assert progress.readable() == [lease(1, 10)]
+
+
+def test_a_slice_that_failed_is_due_again_only_after_its_pause() -> None:
+    progress = with_two_slices()
+    progress.settle(progress.due(0.0), [REFUSED, REFUSED, Published(), Published()], now=5.0)
+
+    assert progress.next_retry() == pytest.approx(5.1)
+    assert progress.due(5.05) == []
+    assert names(progress.due(5.2)) == ["a1", "a2"]
+
+
+def test_an_empty_read_moves_the_settled_position_too() -> None:
+    progress = Progress()
+    progress.add([lease(0)])
+
+    progress.take(Batch((), (lease(0, 7),)))
+
+    assert progress.settled() == [lease(0, 7)]
+
+
+def test_what_is_another_relays_is_dropped() -> None:
+    progress = with_two_slices()
+
+    lost = progress.keep([lease(1)])
+
+    assert lost == [0]
+    assert names(progress.due(0.0)) == ["b1", "b2"]
+
+
+def test_idle_slices_are_given_up_first() -> None:
+    progress = with_two_slices()
+    progress.add([lease(2)])
+
+    assert progress.surplus(2) == [lease(2)]
+    assert progress.surplus(3) == []
+
+
+@given(st.integers(1, 64), st.integers(1, 20))
+def test_fair_shares_cover_all_slices_and_none_is_too_large(slices: int, relays: int) -> None:
+    share = fair_share(slices, relays)
+
+    assert share * relays >= slices
+    assert (share - 1) * relays < slices
+
+
+@given(st.integers(1, 10_000))
+def test_pauses_grow_and_stay_within_the_longest(failures: int) -> None:
+    back_off = BackOff(timedelta(milliseconds=100), timedelta(seconds=5))
+
+    assert back_off.pause(failures) <= back_off.pause(failures + 1) <= timedelta(seconds=5)
+
+
+def test_the_partition_key_is_the_messages_key_and_no_header() -> None:
+    record = OutboxRecord("shop||o1", "e", "bus", "orders", b"{}", {"partitionKey": "o1", "other": "x"})
+
+    message = message_of(record)
+
+    assert (message.key, message.metadata) == ("o1", {"other": "x"})
+
+
+@given(st.data())
+def test_every_entry_is_published_once_in_order_and_no_position_is_settled_before_it(data: st.DataObject) -> None:
+    progress = Progress(BackOff(timedelta(0), timedelta(0)))
+    progress.add([lease(0), lease(1), lease(2)])
+    published: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    read = dict.fromkeys(published, 0)
+
+    for _ in range(data.draw(st.integers(1, 10))):
+        entries: list[LogEntry] = []
+        moved: list[Lease] = []
+        for each in progress.readable():
+            count = data.draw(st.integers(0, 4))
+            entries += [entry(each.slice, str(read[each.slice] + step + 1)) for step in range(count)]
+            read[each.slice] += count
+            moved.append(lease(each.slice, read[each.slice]))
+        progress.take(Batch(tuple(entries), tuple(moved)))
+        due = progress.due(0.0)
+        outcomes = _outcomes_in_order(due, data)
+        for each_entry, outcome in zip(due, outcomes, strict=True):
+            if isinstance(outcome, Published):
+                published[each_entry.slice].append(int(each_entry.record.event_id))
+        progress.settle(due, outcomes, now=0.0)
+
+        for settled in progress.settled():
+            assert int(settled.position) <= len(published[settled.slice])
+
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in published.values())
+
+
+def _outcomes_in_order(due: list[LogEntry], data: st.DataObject) -> list[Outcome]:
+    """Choose outcomes as a broker may give them: nothing of a key is published behind a failure of it."""
+    failed: set[str] = set()
+    outcomes: list[Outcome] = []
+    for each in due:
+        if each.record.order_key in failed or data.draw(st.booleans()):
+            failed.add(each.record.order_key)
+            outcomes.append(REFUSED)
+        else:
+            outcomes.append(Published())
+    return outcomes

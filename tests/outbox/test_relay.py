@@ -1,0 +1,338 @@
+"""The relay's behaviour, on the memory log; its work on real servers is proven under tests/crash.
+
+Tried by hand: without the renewal before a publish `test_a_relay_that_slept_past_its_lease...` fails; with positions
+persisted ahead of what is published `test_what_was_not_published_is_published_by_the_next_relay` does; with entries
+dropped that failed, `test_a_refused_event...` and its neighbours do.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from statecast.clock import SystemClock
+from statecast.components.broker.broker import (
+    Broker,
+    Message,
+    Outcome,
+    Published,
+    Refused,
+    Settlement,
+    Unreachable,
+)
+from statecast.components.broker.memory import MemoryBroker
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, OutboxRecord, Upsert
+from statecast.components.state.log import Batch, Lease, OutboxLog, SliceStatus
+from statecast.components.state.memory import MemoryStateStore
+from statecast.components.testing import deadline
+from statecast.errors import StoreUnavailable
+from statecast.outbox.progress import BackOff
+from statecast.outbox.relay import Relay, RelayOptions
+
+QUICK = RelayOptions(
+    lease=timedelta(milliseconds=600),
+    publish_timeout=timedelta(milliseconds=200),
+    persist_every=timedelta(milliseconds=20),
+    idle_wait=timedelta(milliseconds=20),
+    drain=timedelta(seconds=2),
+    back_off=BackOff(timedelta(milliseconds=5), timedelta(milliseconds=20)),
+)
+
+
+class ScriptedBroker(MemoryBroker):
+    """A broker that answers for each message what `answer` says, and writes down what it took."""
+
+    def __init__(self, answer: Callable[[Message], Outcome] = lambda message: Published()) -> None:
+        super().__init__(Component("bus", "pubsub.in-memory"), app_id="shop", clock=SystemClock())
+        self.answer = answer
+        self.taken: list[str] = []
+        self.before_publish: Callable[[], Awaitable[None]] | None = None
+
+    async def publish(
+        self, messages: Sequence[Message], timeout: timedelta, settlement: Settlement = Settlement.STORED
+    ) -> list[Outcome]:
+        if self.before_publish is not None:
+            await self.before_publish()
+        failed: set[tuple[str, str | None]] = set()
+        outcomes: list[Outcome] = []
+        for message in messages:
+            held_back = (message.topic, message.key) in failed
+            outcome = Unreachable("held back") if held_back else self.answer(message)
+            if isinstance(outcome, Published):
+                self.taken.append(message.body.decode())
+            else:
+                failed.add((message.topic, message.key))
+            outcomes.append(outcome)
+        return outcomes
+
+
+def record(key: str, number: int, pubsub: str = "bus") -> OutboxRecord:
+    name = f"{key}:{number}"
+    return OutboxRecord(key, name, pubsub, "orders", name.encode(), {"partitionKey": key})
+
+
+async def commit(store: MemoryStateStore, key: str, number: int, pubsub: str = "bus") -> None:
+    await store.transact(Commit((Upsert(key, b"1"),), (record(key, number, pubsub),)))
+
+
+async def until(fact: Callable[[], bool]) -> None:
+    async def holds() -> bool:
+        return fact()
+
+    await deadline.until(holds)
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[MemoryStateStore]:
+    component = Component("statestore", "state.in-memory")
+    async with MemoryStateStore(component, app_id="shop", clock=SystemClock()) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def relaying(
+    log: OutboxLog, broker: Broker, name: str = "one", options: RelayOptions = QUICK
+) -> AsyncIterator[Relay]:
+    relay = Relay(log, {"bus": broker}, name=name, clock=SystemClock(), options=options)
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(relay.run(stop))
+        try:
+            yield relay
+        finally:
+            stop.set()
+
+
+def numbers_of(taken: Sequence[str], key: str) -> list[int]:
+    """List a key's first deliveries."""
+    numbers = [int(name.partition(":")[2]) for name in taken if name.startswith(f"{key}:")]
+    return list(dict.fromkeys(numbers))
+
+
+async def pending(log: OutboxLog) -> int:
+    return sum(each.pending for each in await log.status())
+
+
+async def test_what_is_committed_is_published_in_order_per_key(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker()
+
+    async with relaying(store.log, broker):
+        for number in range(50):
+            for key in ("a", "b", "c"):
+                await commit(store, key, number)
+
+    assert all(numbers_of(broker.taken, key) == list(range(50)) for key in ("a", "b", "c"))
+    assert len(broker.taken) == 150
+
+
+async def test_stopping_publishes_what_is_committed_and_gives_the_leases_back(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker()
+    for number in range(5_000):
+        await commit(store, "a", number)
+
+    async with relaying(store.log, broker):
+        pass
+
+    assert len(broker.taken) == 5_000
+    assert await pending(store.log) == 0
+    assert {each.owner for each in await store.log.status()} == {None}
+
+
+async def test_a_refused_event_holds_its_slice_and_no_other(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(lambda message: Refused("too large") if message.body == b"a:1" else Published())
+    async with relaying(store.log, broker):
+        for number in range(4):
+            await commit(store, "a", number)
+            await commit(store, "b", number)
+        await until(lambda: len(numbers_of(broker.taken, "b")) == 4)
+        while_refused = list(broker.taken)
+
+        broker.answer = lambda message: Published()
+        await until(lambda: len(numbers_of(broker.taken, "a")) == 4)
+
+    assert numbers_of(while_refused, "a") == [0]
+    assert [name for name in broker.taken if name.startswith("a:")] == ["a:0", "a:1", "a:2", "a:3"]
+
+
+async def test_a_slice_that_waits_says_which_event_and_why(
+    store: MemoryStateStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = ScriptedBroker(lambda message: Refused("message too large"))
+
+    async with relaying(store.log, broker):
+        await commit(store, "a", 1)
+        await until(lambda: "message too large" in caplog.text)
+        broker.answer = lambda message: Published()
+
+    assert "event a:1 for topic 'orders' is not published" in caplog.text
+
+
+async def test_a_broker_that_is_away_is_waited_for_and_nothing_is_lost(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(lambda message: Unreachable("connection refused"))
+
+    async with relaying(store.log, broker) as relay:
+        for number in range(20):
+            await commit(store, "a", number)
+        await until(lambda: relay.counts.failed > 40)
+        broker.answer = lambda message: Published()
+
+    assert numbers_of(broker.taken, "a") == list(range(20))
+
+
+async def test_what_was_not_published_is_published_by_the_next_relay(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(lambda message: Unreachable("away") if message.body == b"a:3" else Published())
+    for number in range(6):
+        await commit(store, "a", number)
+    options = replace(QUICK, drain=timedelta(milliseconds=50))
+
+    async with relaying(store.log, broker, options=options):
+        await until(lambda: len(broker.taken) == 3)
+    broker.answer = lambda message: Published()
+    async with relaying(store.log, broker, "two"):
+        pass
+
+    assert numbers_of(broker.taken, "a") == list(range(6))
+    assert set(broker.taken) == {f"a:{number}" for number in range(6)}
+
+
+async def test_an_event_for_a_pubsub_that_is_not_loaded_waits_and_is_named(
+    store: MemoryStateStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = replace(QUICK, drain=timedelta(milliseconds=50))
+
+    async with relaying(store.log, ScriptedBroker(), options=options):
+        await commit(store, "a", 1, pubsub="gone")
+        await until(lambda: "no pub/sub component named 'gone' is loaded" in caplog.text)
+
+    assert await pending(store.log) == 1
+
+
+async def test_relays_share_the_slices_and_take_over_those_of_one_that_leaves(store: MemoryStateStore) -> None:
+    async def is_shared_evenly() -> bool:
+        return Counter(each.owner for each in await store.log.status()) == {"one": 8, "two": 8}
+
+    async def is_all_of_one() -> bool:
+        return Counter(each.owner for each in await store.log.status()) == {"one": 16}
+
+    async with relaying(store.log, ScriptedBroker(), "one"):
+        async with relaying(store.log, ScriptedBroker(), "two"):
+            await deadline.until(is_shared_evenly)
+        await deadline.until(is_all_of_one)
+
+
+async def test_a_relay_that_was_frozen_past_its_lease_publishes_nothing_out_of_order(store: MemoryStateStore) -> None:
+    taken: list[str] = []
+    frozen, other = ScriptedBroker(), ScriptedBroker()
+    frozen.taken = other.taken = taken
+    thawed = asyncio.Event()
+
+    async def freeze() -> None:
+        await thawed.wait()
+
+    async with relaying(store.log, frozen, "frozen") as relay:
+        await until(lambda: relay._progress.slices != {})
+        frozen.before_publish = freeze
+        for number in range(10):
+            await commit(store, "a", number)
+        async with relaying(store.log, other, "other"):
+            await until(lambda: numbers_of(taken, "a") == list(range(10)))
+            thawed.set()
+            frozen.before_publish = None
+            await until(lambda: relay.counts.fenced > 0)
+            for number in range(10, 20):
+                await commit(store, "a", number)
+            await until(lambda: len(numbers_of(taken, "a")) == 20)
+
+    assert numbers_of(taken, "a") == list(range(20))
+
+
+async def test_a_cancelled_relay_gives_its_leases_back(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker()
+    relay = Relay(store.log, {"bus": broker}, name="one", clock=SystemClock(), options=QUICK)
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(relay.run(asyncio.Event()))
+        await until(lambda: relay._progress.slices != {})
+        task.cancel()
+
+    assert {each.owner for each in await store.log.status()} == {None}
+
+
+class InterruptedLog:
+    """A log that is away as long as `is_away` says so, and whose reads return only when they may."""
+
+    def __init__(self, log: OutboxLog) -> None:
+        self._log = log
+        self.is_away = False
+        self.may_read = asyncio.Event()
+        self.may_read.set()
+
+    @property
+    def slices(self) -> int:
+        return self._log.slices
+
+    def _require(self) -> OutboxLog:
+        if self.is_away:
+            raise StoreUnavailable("connection refused")
+        return self._log
+
+    async def heartbeat(self, owner: str, ttl: timedelta) -> int:
+        return await self._require().heartbeat(owner, ttl)
+
+    async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
+        return await self._require().acquire(owner, limit, ttl)
+
+    async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
+        batch = await self._require().read(leases, limit)
+        await self.may_read.wait()
+        return batch
+
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+        return await self._require().advance(leases, ttl)
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        await self._require().release(leases)
+
+    async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
+        await self._require().wait(leases, timeout)
+
+    async def trim(self) -> None:
+        await self._require().trim()
+
+    async def status(self) -> list[SliceStatus]:
+        return await self._require().status()
+
+
+async def test_a_relay_that_slept_past_its_lease_publishes_nothing_it_had_read(store: MemoryStateStore) -> None:
+    log, sleeper, other = InterruptedLog(store.log), ScriptedBroker(), ScriptedBroker()
+
+    async with relaying(log, sleeper, "sleeper") as relay:
+        await until(lambda: len(relay._progress.slices) == 16)
+        log.may_read.clear()
+        for number in range(5):
+            await commit(store, "a", number)
+        async with relaying(store.log, other, "other", replace(QUICK, lease=timedelta(minutes=1))):
+            await until(lambda: len(other.taken) == 5)
+            log.may_read.set()
+            await until(lambda: relay.counts.fenced > 0)
+
+    assert sleeper.taken == []
+
+
+async def test_a_store_that_is_away_is_waited_for(store: MemoryStateStore, caplog: pytest.LogCaptureFixture) -> None:
+    log, broker = InterruptedLog(store.log), ScriptedBroker()
+
+    async with relaying(log, broker):
+        await commit(store, "a", 1)
+        await until(lambda: len(broker.taken) == 1)
+        log.is_away = True
+        await until(lambda: "the store is away" in caplog.text)
+        await commit(store, "a", 2)
+        log.is_away = False
+
+    assert broker.taken == ["a:1", "a:2"]
