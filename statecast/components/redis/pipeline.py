@@ -66,6 +66,10 @@ class Pipeline:
                 connection.abort("the connection was closed")
                 await connection.lost
 
+    @property
+    def is_open(self) -> bool:
+        return self._loop is not None
+
     def submit(self, packed: bytes) -> Command:
         """Queue a command for this tick's write. Raises NotSent when the pipeline is not open."""
         if self._loop is None:
@@ -107,6 +111,32 @@ class Pipeline:
         if type(reply) is ErrorReply:
             raise reply
         return reply
+
+    async def run_within(self, seconds: float, script: Script, *arguments: Argument) -> Reply:
+        """Run a script, and wait no longer than `seconds`: then Unanswered, or NotSent if it had not left yet."""
+        end = asyncio.get_running_loop().time() + seconds
+        packed = pack("EVALSHA", script.digest, *arguments)
+        reply = await self._call_until(end, packed)
+        if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
+            self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
+            reply = await self._call_until(end, packed)
+        if type(reply) is ErrorReply:
+            raise reply
+        return reply
+
+    async def _call_until(self, end: float, packed: bytes) -> Reply:
+        command = self.submit(packed)
+        try:
+            async with asyncio.timeout_at(end):
+                return await command.reply
+        except TimeoutError:
+            if not command.is_sent:
+                raise NotSent("the command did not leave in time") from None
+            if not command.is_answered:
+                raise Unanswered("the server did not answer in time") from None
+            if command.reply.cancelled():
+                raise Unanswered("the answer came too late") from None
+            return command.reply.result()
 
     async def command(self, *arguments: Argument) -> Reply:
         """Send one command and wait for its reply. Raises NotSent, Unanswered, ErrorReply."""

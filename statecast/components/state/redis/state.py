@@ -11,6 +11,7 @@ from statecast.clock import Clock
 from statecast.components.manifest import Component
 from statecast.components.metadata import STATE_FIELDS, MetadataReader
 from statecast.components.redis.pipeline import Pipeline
+from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import read_settings
 from statecast.components.state.commit import Commit, Consistency, ETag, Item, Upsert
 from statecast.components.state.redis.database import Database
@@ -22,9 +23,6 @@ from statecast.components.state.redis.scripts import COMMIT, READ, REHEARSE
 from statecast.errors import ComponentError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
-
-_OLDEST_SERVER: Final = (6, 2)
-"""XTRIM MINID and exclusive ranges are of 6.2."""
 
 _REPLICATION_PATIENCE: Final = timedelta(seconds=1)
 
@@ -106,7 +104,7 @@ class RedisStateStore:
 
     async def _examine_server(self) -> None:
         facts = parse_info(await self._database.command("INFO"))
-        if problem := find_problem(facts):
+        if problem := find_problem(facts) or _find_eviction(facts):
             raise ComponentError(f"component {self._name!r}: {problem}")
         if facts.get("aof_enabled") == "0":
             logger.warning(
@@ -125,19 +123,8 @@ class RedisStateStore:
             raise
 
 
-def parse_info(reply: bytes) -> Mapping[str, str]:
-    """Read the answer to INFO, lines of `name:value`."""
-    lines = reply.decode(errors="replace").splitlines()
-    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
-
-
-def find_problem(facts: Mapping[str, str]) -> str | None:
-    """Tell why a server with these facts cannot hold state, if it cannot."""
-    version = facts.get("redis_version", "")
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < _OLDEST_SERVER:
-        return f"the server is Redis {version}; 6.2 or newer is needed"
-    if facts.get("redis_mode") == "cluster":
-        return "the server is a cluster: a commit's state keys and its event streams would need one hash slot of it"
-    if (policy := facts.get("maxmemory_policy", "")).startswith("allkeys-"):
-        return f"the server's maxmemory-policy is {policy}, which throws state and events away; set noeviction"
-    return None
+def _find_eviction(facts: Mapping[str, str]) -> str | None:
+    policy = facts.get("maxmemory_policy", "")
+    if not policy.startswith("allkeys-"):
+        return None
+    return f"the server's maxmemory-policy is {policy}, which throws state and events away; set noeviction"
