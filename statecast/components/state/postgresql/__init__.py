@@ -1,0 +1,3 @@
+from statecast.components.state.postgresql.state import PostgresqlStateStore
+
+__all__ = ["PostgresqlStateStore"]

@@ -1,0 +1,200 @@
+"""The commit function's arguments made of commits, and its answers read: no I/O here.
+
+Several commits may share a call if none of them has a key, mark or guard in common with another.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+import orjson
+
+from statecast.components.state.commit import (
+    Absent,
+    Commit,
+    Delete,
+    ETag,
+    Guard,
+    KeyChange,
+    Mark,
+    OutboxRecord,
+    Upsert,
+    collapse,
+    etags_after,
+)
+from statecast.components.state.log import slice_of
+from statecast.errors import Duplicate, ETagMismatch, Fenced, StatecastError
+
+# Python's calendar ends with the year 9999, where PostgreSQL's goes on.
+_LONGEST_LIFE = timedelta(days=365 * 7_900).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The commit was applied; `etags` are the answer to its operations."""
+
+    etags: tuple[ETag | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Nothing of the commit was applied, for this reason."""
+
+    error: StatecastError
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Nothing of the commit was applied, for it would have had to wait: it is to run alone."""
+
+
+Outcome = Applied | Refused | Busy
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    commit: int
+    change: KeyChange
+    etag: UUID | None
+
+
+class CommitCall:
+    """One call of the commit function for `commits`, which raises ETagMismatch for one that contradicts itself."""
+
+    __slots__ = ("_changes", "_commits", "_guards", "_marks", "_slices", "slices")
+
+    def __init__(self, commits: Sequence[Commit], slices: int) -> None:
+        self._commits = commits
+        self._slices = slices
+        self._changes = sorted(
+            (
+                _Change(number, change, uuid4() if isinstance(change.write, Upsert) else None)
+                for number, commit in enumerate(commits, start=1)
+                for change in collapse(commit.operations)
+            ),
+            key=lambda each: each.change.key,
+        )
+        self._guards: list[tuple[int, Guard]] = sorted(
+            ((number, guard) for number, commit in enumerate(commits, start=1) for guard in set(commit.guards)),
+            key=lambda each: (each[1].type, each[1].id),
+        )
+        self._marks: list[tuple[int, Mark]] = sorted(
+            (
+                (number, mark)
+                for number, commit in enumerate(commits, start=1)
+                for mark in {mark.digest: mark for mark in commit.marks}.values()
+            ),
+            key=lambda each: each[1].digest,
+        )
+        self.slices: frozenset[int] = frozenset()
+
+    def arguments(self, *, wait: bool) -> list[object]:
+        records = [
+            (number, record) for number, commit in enumerate(self._commits, start=1) for record in commit.records
+        ]
+        slices = [slice_of(record.order_key, self._slices) for _, record in records]
+        self.slices = frozenset(slices)
+        return [
+            len(self._commits),
+            wait,
+            *self._guard_arguments(),
+            *self._change_arguments(),
+            *self._mark_arguments(),
+            *_record_arguments(records, slices),
+        ]
+
+    def outcomes(self, answers: Sequence[str | None]) -> list[Outcome]:
+        """Read the function's answer, one for each commit."""
+        return [self._outcome(number, answer) for number, answer in enumerate(answers, start=1)]
+
+    def _guard_arguments(self) -> Iterable[object]:
+        yield [number for number, _ in self._guards]
+        yield [guard.type for _, guard in self._guards]
+        yield [guard.id for _, guard in self._guards]
+        yield [_token(guard.token) for _, guard in self._guards]
+
+    def _change_arguments(self) -> Iterable[object]:
+        changes = self._changes
+        yield [each.commit for each in changes]
+        yield [_kind(each.change) for each in changes]
+        yield [each.change.key for each in changes]
+        yield [each.change.write.value if isinstance(each.change.write, Upsert) else None for each in changes]
+        yield [_expected(each.change) for each in changes]
+        yield [_seconds_to_live(each.change) for each in changes]
+        yield [each.etag for each in changes]
+
+    def _mark_arguments(self) -> Iterable[object]:
+        yield [number for number, _ in self._marks]
+        yield [mark.digest for _, mark in self._marks]
+        yield [_seconds(mark.ttl) for _, mark in self._marks]
+
+    def _outcome(self, number: int, answer: str | None) -> Outcome:
+        if answer is None:
+            written = {
+                each.change.key: ETag(str(each.etag))
+                for each in self._changes
+                if each.commit == number and each.etag is not None
+            }
+            return Applied(etags_after(self._commits[number - 1].operations, written))
+        reason, _, index = answer.partition(" ")
+        if reason == "busy":
+            return Busy()
+        return Refused(self._refusal(reason, int(index) - 1))
+
+    def _refusal(self, reason: str, index: int) -> StatecastError:
+        match reason:
+            case "fenced":
+                guard = self._guards[index][1]
+                return Fenced(guard.type, guard.id)
+            case "etag":
+                change = self._changes[index].change
+                return ETagMismatch(change.key, None if isinstance(change.expected, Absent) else change.expected)
+            case "duplicate":
+                return Duplicate(self._marks[index][1].digest)
+            case _:
+                raise AssertionError(f"the commit function answered {reason!r}")
+
+
+def _record_arguments(records: Sequence[tuple[int, OutboxRecord]], slices: Sequence[int]) -> Iterable[object]:
+    yield [number for number, _ in records]
+    yield slices
+    yield [record.order_key for _, record in records]
+    yield [record.event_id for _, record in records]
+    yield [record.format for _, record in records]
+    yield [record.pubsub for _, record in records]
+    yield [record.topic for _, record in records]
+    yield [orjson.dumps(record.metadata).decode() for _, record in records]
+    yield [record.body for _, record in records]
+
+
+def _kind(change: KeyChange) -> str:
+    match change.write:
+        case Upsert():
+            return "u"
+        case Delete():
+            return "d"
+        case None:
+            return "c"
+
+
+def _expected(change: KeyChange) -> str | None:
+    if isinstance(change.expected, Absent):
+        return ""
+    # PostgreSQL takes no NUL in a text; such an etag can be no one's, and neither can this word.
+    return "malformed" if change.expected and "\0" in change.expected else change.expected
+
+
+def _seconds_to_live(change: KeyChange) -> float | None:
+    return _seconds(change.write.ttl) if isinstance(change.write, Upsert) and change.write.ttl is not None else None
+
+
+def _seconds(ttl: timedelta) -> float:
+    return min(ttl.total_seconds(), _LONGEST_LIFE)
+
+
+def _token(token: str) -> UUID:
+    try:
+        return UUID(token)
+    except ValueError:
+        return uuid4()  # a token of no claim: a new one is no claim's either, and the function says so

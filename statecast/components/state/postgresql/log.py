@@ -1,0 +1,243 @@
+"""The outbox log of a PostgreSQL store: positions are pairs of snapshots, leases are rows."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import asyncpg
+import orjson
+
+from statecast.components.state.commit import OutboxRecord
+from statecast.components.state.log import Batch, Lease, LogEntry, SliceStatus
+from statecast.components.state.postgresql.lanes import Lanes, Session
+from statecast.components.state.postgresql.migration import Log
+from statecast.components.state.postgresql.position import Position, group
+from statecast.components.state.postgresql.schema import PARTITION_BITS, PARTITIONS, Layout
+from statecast.components.state.postgresql.wake import Waker
+from statecast.errors import OutcomeUnknown, StoreUnavailable
+
+
+class PostgresqlOutboxLog:
+    """The log of one (app id, component); its rows are written by the commit function.
+
+    All statements run on their own, under READ COMMITTED: a snapshot that is pinned by one is read by a later one,
+    which sees at least what it names.
+    """
+
+    def __init__(self, lanes: Lanes, layout: Layout, log: Log, waker: Waker) -> None:
+        self._lanes = lanes
+        self._layout = layout
+        self._log = log
+        self._waker = waker
+        self._sql = _Statements(layout, log.number)
+
+    @property
+    def slices(self) -> int:
+        return self._log.slices
+
+    async def heartbeat(self, owner: str, ttl: timedelta) -> int:
+        rows = await self._change(self._sql.heartbeat, owner, ttl)
+        return int(rows[0]["living"])
+
+    async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
+        if limit <= 0:
+            return []
+        rows = await self._change(self._sql.acquire, owner, ttl, limit)
+        leases = [Lease(row["slice"], owner, row["epoch"], _position_text(row)) for row in rows]
+        self._waker.hold([lease.slice for lease in leases])
+        return sorted(leases, key=lambda lease: lease.slice)
+
+    async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
+        if not leases:
+            return Batch((), ())
+        return await self._lanes.run(partial(self._read, leases=list(leases), limit=limit))
+
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+        if not leases:
+            return []
+        rows = await self._change(self._sql.advance, *_columns(leases), ttl)
+        mine = {(row["slice"], row["epoch"]) for row in rows}
+        kept = [lease for lease in leases if (lease.slice, lease.epoch) in mine]
+        self._waker.let_go({lease.slice for lease in leases} - {lease.slice for lease in kept})
+        return kept
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        if leases:
+            self._waker.let_go([lease.slice for lease in leases])
+            await self._change(self._sql.release, *_columns(leases))
+
+    async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
+        if any(Position.parse(lease.position).cur is not None for lease in leases):
+            return
+        await self._waker.wait([lease.slice for lease in leases], timeout)
+
+    async def trim(self) -> None:
+        await self._lanes.run(self._trim)
+
+    async def status(self) -> list[SliceStatus]:
+        return await self._lanes.run(self._status)
+
+    async def _change(self, statement: str, *arguments: object) -> list[Any]:
+        try:
+            return await self._lanes.run(lambda session: session.write(statement, *arguments))
+        except OutcomeUnknown as error:
+            # Every change of the log's own rows can be made again, so there is nothing to resolve.
+            raise StoreUnavailable(str(error)) from error
+
+    async def _read(self, session: Session, *, leases: list[Lease], limit: int) -> Batch:
+        groups = group(leases)
+        if any(position.cur is None for position in groups):
+            rows = await session.read("select pg_current_snapshot()::text as snapshot")
+            groups = {position.pin(rows[0]["snapshot"]): members for position, members in groups.items()}
+        share = max(1, -(-limit // len(groups)))
+        entries: list[LogEntry] = []
+        moved: dict[int, Lease] = {}
+        for position, members in groups.items():
+            rows = await self._rows(session, position, [lease.slice for lease in members], share)
+            entries.extend(map(_entry, rows))
+            after = position.behind(rows[-1]["id"] if rows else None, is_full=len(rows) >= share)
+            moved |= {lease.slice: replace(lease, position=str(after)) for lease in members}
+        return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
+
+    async def _rows(self, session: Session, position: Position, slices: list[int], limit: int) -> list[Any]:
+        if position.is_exhausted:
+            return []
+        return await session.read(self._sql.read, slices, position.after, position.prev, position.cur, limit)
+
+    async def _status(self, session: Session) -> list[SliceStatus]:
+        rows = await session.read(self._sql.slices)
+        pending: dict[int, tuple[int, Any]] = {}
+        for text, members in groupby(sorted(rows, key=_position_text), key=_position_text):
+            position = Position.parse(text)
+            numbers = [row["slice"] for row in members]
+            found = await session.read(self._sql.pending, numbers, position.prev, position.cur, position.after)
+            pending |= {row["slice"]: (row["pending"], row["oldest_at"]) for row in found}
+        return [_slice_status(row, *pending.get(row["slice"], (0, None))) for row in rows]
+
+    async def _trim(self, session: Session) -> None:
+        (ids,) = await session.read(self._sql.last_id)
+        current = (ids["last_value"] >> PARTITION_BITS) % PARTITIONS
+        for partition in range(PARTITIONS):
+            # The next one too is left alone: writers are about to enter it.
+            if partition not in (current, (current + 1) % PARTITIONS):
+                await self._reclaim(session, partition)
+
+    async def _reclaim(self, session: Session, partition: int) -> None:
+        """Empty one partition if all of it is behind every slice's persisted position."""
+        if not await self._is_passed(session, partition):
+            return
+        try:
+            async with session.connection.transaction():
+                # A TRUNCATE that waits, for a dump say, makes everybody behind it wait as well.
+                await session.connection.execute("set local lock_timeout = '50ms'")
+                table = self._layout.partition(self._log.number, partition)
+                await session.connection.execute(f"lock table {table} in access exclusive mode")
+                if await self._is_passed(session, partition):
+                    await session.connection.execute(f"truncate {table}")
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            return
+
+    async def _is_passed(self, session: Session, partition: int) -> bool:
+        (row,) = await session.read(self._sql.passed(partition), self._log.number)
+        return bool(row["is_passed"])
+
+
+class _Statements:
+    """The log's SQL, with its names put in once."""
+
+    def __init__(self, layout: Layout, log: int) -> None:
+        self._layout = layout
+        self._log = log
+        outbox, slices, relays = layout.outbox(log), layout.slices, layout.relays
+        # Not visible in prev, looked up by xid; visible in cur, looked up by xid too; then row by row for the rest.
+        self.read = (
+            "select id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at"
+            f" from {outbox}"
+            " where slice = any ($1::smallint[]) and id > $2"
+            " and (xid >= pg_snapshot_xmax($3::text::pg_snapshot)"
+            "  or xid = any (array(select pg_snapshot_xip($3::text::pg_snapshot))))"
+            " and xid < pg_snapshot_xmax($4::text::pg_snapshot)"
+            " and pg_visible_in_snapshot(xid, $4::text::pg_snapshot)"
+            " and not pg_visible_in_snapshot(xid, $3::text::pg_snapshot)"
+            " order by id limit $5"
+        )
+        self.pending = (
+            "select slice, count(*) as pending, min(created_at) as oldest_at"
+            f" from {outbox}"
+            " where slice = any ($1::smallint[])"
+            " and (xid >= pg_snapshot_xmax($2::text::pg_snapshot)"
+            "  or xid = any (array(select pg_snapshot_xip($2::text::pg_snapshot))))"
+            " and not pg_visible_in_snapshot(xid, $2::text::pg_snapshot)"
+            " and ($3::text is null or id > $4 or not pg_visible_in_snapshot(xid, $3::text::pg_snapshot))"
+            " group by slice"
+        )
+        self.heartbeat = (
+            f"with dead as (delete from {relays} where log = {log} and owner <> $1"
+            " and expires_at < clock_timestamp() - interval '1 hour'),"
+            f" beat as (insert into {relays} (log, owner, expires_at) values ({log}, $1, clock_timestamp() + $2)"
+            " on conflict (log, owner) do update set expires_at = excluded.expires_at)"
+            f" select 1 + count(*) as living from {relays}"
+            f" where log = {log} and owner <> $1 and expires_at > clock_timestamp()"
+        )
+        self.acquire = (
+            f"update {slices} set owner = $1, epoch = epoch + 1, expires_at = clock_timestamp() + $2"
+            f" where log = {log} and slice = any (array("
+            f"  select slice from {slices} where log = {log} and expires_at <= clock_timestamp()"
+            "   order by slice limit $3 for update skip locked))"
+            " returning slice, epoch, prev::text as prev, cur::text as cur, after"
+        )
+        change = (
+            f"update {slices} s set prev = a.prev::pg_snapshot, cur = a.cur::pg_snapshot, after = a.after,"
+            " {what} from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[], $5::bigint[])"
+            " as a(slice, epoch, prev, cur, after)"
+            f" where s.log = {log} and s.slice = a.slice and s.epoch = a.epoch and s.owner is not null"
+            " returning s.slice, s.epoch"
+        )
+        self.advance = change.format(what="expires_at = clock_timestamp() + $6")
+        self.release = change.format(what="owner = null, expires_at = '-infinity'")
+        self.slices = (
+            "select slice, case when expires_at > clock_timestamp() then owner end as owner, epoch,"
+            f" prev::text as prev, cur::text as cur, after from {slices} where log = {log} order by slice"
+        )
+        self.last_id = f"select last_value from {layout.outbox_ids(log)}"
+
+    def passed(self, partition: int) -> str:
+        """Tell whether the partition has rows, and every slice's position has passed the last of them."""
+        return (
+            "select coalesce((select xid from"
+            f" {self._layout.partition(self._log, partition)} order by xid desc limit 1)"
+            f" < (select min(pg_snapshot_xmin(prev)) from {self._layout.slices} where log = $1), false) as is_passed"
+        )
+
+
+def _columns(leases: Sequence[Lease]) -> Iterable[list[object]]:
+    positions = [Position.parse(lease.position) for lease in leases]
+    yield [lease.slice for lease in leases]
+    yield [lease.epoch for lease in leases]
+    yield [position.prev for position in positions]
+    yield [position.cur for position in positions]
+    yield [position.after for position in positions]
+
+
+def _position_text(row: Any) -> str:
+    return str(Position(row["prev"], row["cur"], row["after"]))
+
+
+def _entry(row: Any) -> LogEntry:
+    record = OutboxRecord(
+        order_key=row["order_key"],
+        event_id=row["event_id"],
+        pubsub=row["pubsub"],
+        topic=row["topic"],
+        body=row["body"],
+        metadata=orjson.loads(row["metadata"]),
+        format=row["format"],
+    )
+    return LogEntry(row["slice"], record, row["created_at"])
+
+
+def _slice_status(row: Any, pending: int, oldest_at: Any) -> SliceStatus:
+    return SliceStatus(row["slice"], row["owner"], row["epoch"], _position_text(row), pending, oldest_at)

@@ -1,0 +1,187 @@
+"""State on PostgreSQL, in Dapr's v2 table; a commit is one call of a function."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC
+from hashlib import blake2b
+from types import TracebackType
+from typing import Any, Self
+
+import asyncpg
+
+from statecast.clock import Clock
+from statecast.components.manifest import Component, describe
+from statecast.components.state.commit import Commit, ETag, Item
+from statecast.components.state.postgresql.call import Applied, CommitCall, Refused
+from statecast.components.state.postgresql.config import read_config
+from statecast.components.state.postgresql.connecting import OPENING_FAILURES, connect, failure_at_opening
+from statecast.components.state.postgresql.directory import PostgresqlDirectory
+from statecast.components.state.postgresql.failures import Contended
+from statecast.components.state.postgresql.lanes import Lanes
+from statecast.components.state.postgresql.log import PostgresqlOutboxLog
+from statecast.components.state.postgresql.migration import Log, find_layout, migrate
+from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.sweep import Sweeper
+from statecast.components.state.postgresql.wake import Waker
+from statecast.errors import StoreUnavailable
+
+_TRIES = 10
+_LONGEST_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """What an open store has besides its connections."""
+
+    log: PostgresqlOutboxLog
+    directory: PostgresqlDirectory
+    waker: Waker
+    slices: int
+    get: str
+    bulk_get: str
+    commit: str
+
+
+class PostgresqlStateStore:
+    """`state.postgresql`, version v2: any number of processes may share the database, daprd among them."""
+
+    def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
+        self._config = read_config(component)
+        self._component = component
+        self._app_id = app_id
+        self._clock = clock
+        self._lanes = Lanes(self._connect, limit=self._config.connections, timeout=self._config.timeout)
+        self._opened: _Open | None = None
+        self._stack = AsyncExitStack()
+
+    @property
+    def log(self) -> PostgresqlOutboxLog:
+        return self._require_open().log
+
+    @property
+    def directory(self) -> PostgresqlDirectory:
+        return self._require_open().directory
+
+    async def __aenter__(self) -> Self:
+        layout, log = await self._prepare_schema()
+        async with AsyncExitStack() as stack:
+            self._lanes.open()
+            stack.push_async_callback(self._lanes.close)
+            waker = Waker(self._connect, _channel(layout, log), self._clock)
+            waker.open()
+            stack.push_async_callback(waker.close)
+            self._start_sweeping(stack, layout)
+            self._opened = self._statements(layout, log, waker)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened = None
+        await self._stack.aclose()
+
+    async def get(self, key: str) -> Item | None:
+        statement = self._require_open().get
+        rows = await self._lanes.run(lambda session: session.read(statement, key))
+        return _item(rows[0]) if rows else None
+
+    async def bulk_get(self, keys: Sequence[str]) -> list[Item | None]:
+        statement = self._require_open().bulk_get
+        if not keys:
+            return []
+        wanted = list(dict.fromkeys(keys))
+        rows = await self._lanes.run(lambda session: session.read(statement, wanted))
+        found = {row["key"]: _item(row) for row in rows}
+        return [found.get(key) for key in keys]
+
+    async def transact(self, commit: Commit) -> tuple[ETag | None, ...]:
+        opened = self._require_open()
+        if not (commit.operations or commit.records or commit.marks or commit.guards):
+            return ()
+        call = CommitCall((commit,), opened.slices)
+        arguments = call.arguments(wait=True)
+        (outcome,) = call.outcomes(await self._persistently(opened.commit, arguments))
+        match outcome:
+            case Applied(etags):
+                if call.slices:
+                    opened.waker.ring(call.slices)
+                return etags
+            case Refused(error):
+                raise error
+            case busy:
+                raise AssertionError(f"a commit that waits was told {busy}")
+
+    async def _persistently(self, statement: str, arguments: Sequence[object]) -> list[str | None]:
+        """Call the commit function, again where the server rolled back for what another try gets past."""
+        for attempt in range(1, _TRIES):
+            try:
+                return await self._call(statement, arguments)
+            except Contended:
+                await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, 0.002 * 2**attempt)))
+        return await self._call(statement, arguments)
+
+    async def _call(self, statement: str, arguments: Sequence[object]) -> list[str | None]:
+        rows = await self._lanes.run(lambda session: session.write(statement, *arguments))
+        return list(rows[0][0])
+
+    def _require_open(self) -> _Open:
+        if self._opened is None:
+            raise StoreUnavailable(f"state store {self._component.name!r} is not open")
+        return self._opened
+
+    async def _connect(self, timeout: float | None = None) -> asyncpg.Connection:
+        return await connect(self._config, application=f"statecast {self._app_id}", timeout=timeout)
+
+    async def _prepare_schema(self) -> tuple[Layout, Log]:
+        """Bring the schema up to date on a connection of its own; whatever fails here is told with the component."""
+        try:
+            connection = await self._connect()
+            try:
+                layout = await find_layout(connection, self._config)
+                return layout, await migrate(connection, layout, self._app_id, self._component.name)
+            finally:
+                await connection.close(timeout=1)
+        except OPENING_FAILURES as error:
+            failure = failure_at_opening(error)
+            raise type(failure)(f"{describe(self._component)}: {failure}") from error
+
+    def _start_sweeping(self, stack: AsyncExitStack, layout: Layout) -> None:
+        if self._config.cleanup_interval is None:
+            return
+        stop = asyncio.Event()
+        sweeper = Sweeper(self._lanes, layout, self._config.cleanup_interval, self._clock)
+        task = asyncio.create_task(sweeper.run(stop), name="postgresql sweeper")
+
+        async def end() -> None:
+            stop.set()
+            await asyncio.wait({task})
+
+        stack.push_async_callback(end)
+
+    def _statements(self, layout: Layout, log: Log, waker: Waker) -> _Open:
+        live = "(expires_at is null or expires_at > clock_timestamp())"
+        columns = "key, value, etag::text as etag, expires_at"
+        places = ", ".join(f"${number}" for number in range(1, len(COMMIT_PARAMETERS) + 1))
+        return _Open(
+            log=PostgresqlOutboxLog(self._lanes, layout, log, waker),
+            directory=PostgresqlDirectory(self._lanes, layout, self._app_id),
+            waker=waker,
+            slices=log.slices,
+            get=f"select {columns} from {layout.state} where key = $1 and {live}",
+            bulk_get=f"select {columns} from {layout.state} where key = any ($1::text[]) and {live}",
+            commit=f"select {layout.commit(log.number)}({places})",
+        )
+
+
+def _item(row: Any) -> Item:
+    expires_at = row["expires_at"]
+    return Item(row["key"], row["value"], ETag(row["etag"]), expires_at and expires_at.astimezone(UTC))
+
+
+def _channel(layout: Layout, log: Log) -> str:
+    # Channels are the database's: one log's name may be long, a channel's is 63 bytes at most.
+    return f"statecast_{blake2b(layout.outbox(log.number).encode(), digest_size=16).hexdigest()}"
