@@ -82,7 +82,7 @@ def private_server(servers: Servers, request: pytest.FixtureRequest) -> Iterator
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     servers = config.stash.get(_SERVERS, None)
     missing = config.stash.get(_MISSING, {})
-    if servers is None:
+    if servers is None or not (servers.used or missing):
         return
     terminalreporter.section("servers")
     for (kind, variant), server in sorted(servers.used.items()):

@@ -82,7 +82,7 @@ def why_no_docker() -> str | None:
 
 
 class ContainerServer:
-    """A server in a container, on a host port that it keeps over restarts."""
+    """A server in a container, on a host port that it keeps over restarts: one that Docker chooses it would not."""
 
     def __init__(self, image: Image, container: "DockerContainer", address: str) -> None:
         self._image = image
@@ -91,7 +91,9 @@ class ContainerServer:
         self._version = ""
 
     @classmethod
-    def start(cls, image: Image, keeping: Keeping, *, outliving: bool = False) -> "ContainerServer":
+    def start(
+        cls, image: Image, keeping: Keeping, *, port: int | None = None, outliving: bool = False
+    ) -> "ContainerServer":
         """Start a container and return when the server in it answers; raises ServerFailed.
 
         With `outliving` it stays when this process ends, until it is removed by its id.
@@ -101,7 +103,7 @@ class ContainerServer:
 
         reaper_was_disabled = testcontainers_config.ryuk_disabled
         testcontainers_config.ryuk_disabled = outliving or reaper_was_disabled
-        container, address = _configure(image, keeping)
+        container, address = _configure(image, keeping, free_port() if port is None else port)
         server = cls(image, container, address)
         try:
             container.start()
@@ -195,13 +197,11 @@ def is_container_running(container_id: str) -> bool:
         return False
 
 
-def _configure(image: Image, keeping: Keeping) -> tuple["DockerContainer", str]:
+def _configure(image: Image, keeping: Keeping, port: int) -> tuple["DockerContainer", str]:
     from testcontainers.core.container import DockerContainer
 
     container = DockerContainer(image.name)
     host = container.get_docker_client().host()
-    # Docker gives a restarted container another random port; one that is chosen here stays.
-    port = free_port()
     interface = "127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0"
     host = "127.0.0.1" if interface == "127.0.0.1" else host
     container.ports = {f"{image.port}/tcp": (interface, port)}  # type: ignore[dict-item]  # docker-py takes the pair

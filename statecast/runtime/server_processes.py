@@ -87,15 +87,14 @@ def find_installation(kind: ServerKind, variant: Variant) -> Installation:
 class LocalServer:
     """A server process in a folder of its own, on a port of 127.0.0.1 that it keeps over restarts.
 
-    With `guarded` it ends when this Python process does, in whatever way; without, it outlives it.
+    It ends when this Python process does, in whatever way, unless it was detached.
     """
 
-    def __init__(self, installation: Installation, folder: Path, port: int, keeping: Keeping, *, guarded: bool) -> None:
+    def __init__(self, installation: Installation, folder: Path, port: int, keeping: Keeping) -> None:
         self._installation = installation
         self._folder = folder
         self._port = port
         self._keeping = keeping
-        self._guarded = guarded
         self._starter = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -103,11 +102,14 @@ class LocalServer:
 
     @classmethod
     def start(
-        cls, installation: Installation, keeping: Keeping, *, folder: Path | None = None, guarded: bool = True
+        cls, installation: Installation, keeping: Keeping, *, folder: Path | None = None, port: int | None = None
     ) -> "LocalServer":
-        """Start a server in `folder`, a new temporary one by default; return when it answers; raises ServerFailed."""
+        """Start a server, by default in a new temporary folder on a random port, and return when it answers.
+
+        Raises ServerFailed; then nothing is left of it.
+        """
         home = _new_folder(installation.kind) if folder is None else folder
-        server = cls(installation, home, free_port(), keeping, guarded=guarded)
+        server = cls(installation, home, free_port() if port is None else port, keeping)
         try:
             installation.prepare(home)
             server.restart()
@@ -135,13 +137,17 @@ class LocalServer:
     def folder(self) -> Path:
         return self._folder
 
+    @property
+    def stop_signal(self) -> signal.Signals:
+        return self._installation.stop_signal
+
     def describe(self) -> Server:
         return Server(self.kind, self._version, f"local process, {self._installation.place}", self.address)
 
     def kill(self) -> None:
         if self._process is None:
             return
-        kill_family(self._process.pid)
+        _kill_family(self._process.pid)
         self._forget_process()
 
     def freeze(self) -> None:
@@ -150,18 +156,10 @@ class LocalServer:
     def thaw(self) -> None:
         signal_all(family(self.pid), signal.SIGCONT)
 
-    def stop(self) -> None:
-        """End the server in good order; one that does not end in 20 s is killed."""
-        if self._process is None:
-            return
-        self.thaw()
-        self._process.send_signal(self._installation.stop_signal)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_SECONDS)
-        self.kill()
-
     def restart(self) -> None:
-        self.stop()
+        if self._process is not None:
+            stop_family(self._process.pid, self.stop_signal)
+            self._forget_process()
         self._spawn()
         self._wait_until_ready()
 
@@ -172,7 +170,15 @@ class LocalServer:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def detach(self) -> None:
+        """Let the server outlive this process, which from now on can only leave it alone."""
+        self._dismiss_guard()
+        self._process = None
+
     def _spawn(self) -> None:
+        # Asked for its version, another server on this port would pass for ours.
+        if not is_port_free(self._port):
+            raise ServerFailed(f"port {self._port} of 127.0.0.1 is taken, {self.kind} cannot start there")
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 self._installation.command(self._folder, self._port, self._keeping),
@@ -183,26 +189,31 @@ class LocalServer:
                 env=_plain_environment(),
                 start_new_session=True,
             )
-        if self._guarded:
-            self._guard = _start_guard(self._process.pid, self._folder)
+        self._guard = _start_guard(self._process.pid, self._folder)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                self._version = ask_version(self.kind, self.address, timeout=2.0)
-                return
-            except NoAnswer as error:
-                if self._process is None or self._process.poll() is not None:
-                    raise ServerFailed(f"{self.kind} ended while it started:\n{self._log_end()}") from error
-                if time.monotonic() > deadline:
-                    raise ServerFailed(f"{self.kind} did not answer in time: {error}\n{self._log_end()}") from error
+        while not self._is_ready():
+            if self._process is None or self._process.poll() is not None:
+                raise ServerFailed(f"{self.kind} ended while it started:\n{self._log_end()}")
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"{self.kind} did not answer within {_START_SECONDS:.0f} s:\n{self._log_end()}")
             time.sleep(0.02)
+
+    def _is_ready(self) -> bool:
+        try:
+            self._version = ask_version(self.kind, self.address, timeout=2.0)
+        except NoAnswer:
+            return False
+        return self._process is not None and self._process.poll() is None
 
     def _forget_process(self) -> None:
         if self._process is not None:
             self._process.wait()
         self._process = None
+        self._dismiss_guard()
+
+    def _dismiss_guard(self) -> None:
         if self._guard is not None:
             self._guard.communicate(b".")
         self._guard = None
@@ -211,12 +222,23 @@ class LocalServer:
         return "\n".join((self._folder / "log").read_text(errors="replace").splitlines()[-15:])
 
 
-def kill_family(pid: int) -> None:
-    """Kill the process and its descendants, and wait until none of them runs."""
+def stop_family(pid: int, number: signal.Signals) -> None:
+    """End the process in good order by its stop signal; after 20 s it is killed, with all its descendants."""
+    signal_all(family(pid), signal.SIGCONT)
+    signal_all([pid], number)
+    _wait_until_gone([pid])
+    _kill_family(pid)
+
+
+def _kill_family(pid: int) -> None:
     members = family(pid)
     signal_all(members, signal.SIGKILL)
+    _wait_until_gone(members)
+
+
+def _wait_until_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
-    while any(find_process(member) for member in members) and time.monotonic() < deadline:
+    while any(find_process(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
@@ -224,9 +246,18 @@ def free_port() -> int:
     """Return a free port of 127.0.0.1 below those that outgoing connections take, so that a restart finds it free."""
     while True:
         port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        if is_port_free(port):
             return port
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _new_folder(kind: ServerKind) -> Path:

@@ -24,7 +24,7 @@ from statecast.runtime.server import (
 )
 from statecast.runtime.server_answers import ask_version
 from statecast.runtime.server_containers import ContainerServer, find_image, why_no_docker
-from statecast.runtime.server_processes import LocalServer, find_installation
+from statecast.runtime.server_processes import Installation, LocalServer, find_installation
 
 __all__ = [
     "ADDRESS_VARIABLES",
@@ -37,6 +37,7 @@ __all__ = [
     "ServerMissing",
     "Servers",
     "Variant",
+    "find_means",
     "start_server",
 ]
 
@@ -129,15 +130,23 @@ def start_server(
 
     It ends with this Python process at the latest.
     """
+    installation = find_means(kind, variant, environment)
+    if installation is None:
+        return ContainerServer.start(find_image(kind, variant), keeping)
+    return LocalServer.start(installation, keeping)
+
+
+def find_means(kind: ServerKind, variant: Variant, environment: Mapping[str, str]) -> Installation | None:
+    """Find what runs a server as a process here, or None where Docker shall; raises ServerMissing if nothing can."""
     no_docker = _reason_against_docker(environment)
     if no_docker is None:
-        return ContainerServer.start(find_image(kind, variant), keeping)
-    _require_local_allowed(kind, environment, no_docker)
+        return None
+    if environment.get(CHOICE_VARIABLE) == "docker":
+        raise ServerMissing(f"no {kind} server: {CHOICE_VARIABLE} is docker, but {no_docker}")
     try:
-        installation = find_installation(kind, variant)
+        return find_installation(kind, variant)
     except ServerMissing as missing:
         raise ServerMissing(_how_to_get(kind, variant, no_docker, missing)) from missing
-    return LocalServer.start(installation, keeping)
 
 
 def _reason_against_docker(environment: Mapping[str, str]) -> str | None:
@@ -148,11 +157,6 @@ def _reason_against_docker(environment: Mapping[str, str]) -> str | None:
             return why_no_docker()
         case other:
             raise ServerFailed(f"{CHOICE_VARIABLE} is {other!r}; it can be local or docker")
-
-
-def _require_local_allowed(kind: ServerKind, environment: Mapping[str, str], no_docker: str) -> None:
-    if environment.get(CHOICE_VARIABLE) == "docker":
-        raise ServerMissing(f"no {kind} server: {CHOICE_VARIABLE} is docker, but {no_docker}")
 
 
 def _how_to_get(kind: ServerKind, variant: Variant, no_docker: str, missing: ServerMissing) -> str:
