@@ -85,8 +85,6 @@ async def _entered(
     except TimeoutError as error:
         seconds = component.init_timeout.total_seconds()
         raise ComponentError(f"{describe(component)}: did not open within {seconds:g} s (initTimeout)") from error
-    except ComponentError:
-        raise
     except StatecastError as error:
         raise ComponentError(f"{describe(component)}: cannot be opened: {error}") from error
 
