@@ -46,16 +46,18 @@ class StateStore(Protocol):
 
         In this order: no mark may be set already, guards must hold, every condition (etags, first-write, checks)
         must hold in the state before the commit; an expired value counts as absent, judged by the database's clock
-        at the moment of the check, under the lock. The first rule broken is the one that is raised: a mark comes
-        first, so that a commit which is repeated after OutcomeUnknown learns that it happened (Duplicate), although
-        its own first application has moved the etags it asks for, or its claim was taken over since. A backend may
-        find out in any order, as long as it answers so. Then the operations take effect as if done one after the
-        other, one version step per key, each mark is set for its time and the records are appended to the log in
-        their order. What is equal to no etag is a mismatch, however malformed; an etag of `""` is none.
+        at the moment of the check, under the lock. Then the operations take effect as if done one after the other,
+        one version step per key, each mark is set for its time and the records are appended to the log in their
+        order. What is equal to no etag is a mismatch, however malformed; an etag of `""` is none.
+
+        The first rule broken is the one that is raised, in whatever order a backend finds out. The mark comes first
+        because a commit that is repeated after OutcomeUnknown must learn that it happened (Duplicate), although its
+        own first application has moved the etags it asks for, or its claim was taken over since. Only what no state
+        can meet (two etags expected of one key) may be an ETagMismatch without asking.
 
         Returns for each operation the etag that its key has after the commit, None where the key is then absent
-        (or, for a check, was). A commit of nothing is `()` and needs no round trip; one of
-        marks, guards or records alone is a commit like any other.
+        (or, for a check, was). A commit of nothing is `()` and needs no round trip; one of marks, guards or records
+        alone is a commit like any other.
 
         Raises Fenced, ETagMismatch, Duplicate, CorruptState, StoreUnavailable: then nothing was written; and
         OutcomeUnknown, when the connection broke or the time ran out after the commit was sent.
