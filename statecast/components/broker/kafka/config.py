@@ -1,0 +1,165 @@
+"""The metadata of `pubsub.kafka`, read into one value."""
+
+import ssl
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from statecast.components.manifest import Component
+from statecast.components.metadata import BROKER_FIELDS, MetadataReader
+
+DEFAULT_MESSAGE_BYTES = 1024 * 1024
+
+# dapr components-contrib common/component/kafka/metadata.go, auth.go
+_UNSUPPORTED = (
+    *("clientCert", "clientKey", "version", "channelBufferSize", "consumeRetryEnabled", "consumeRetryInterval"),
+    *("clientConnectionTopicMetadataRefreshInterval", "clientConnectionKeepAliveInterval"),
+    *("dialTimeout", "readTimeout", "writeTimeout", "metadataTimeout", "producerRetryMax"),
+    *("consumerGroupRebalanceStrategy", "escapeHeaders", "excludeHeaderMetaRegex"),
+    *("oidcTokenEndpoint", "oidcClientID", "oidcClientSecret", "oidcScopes", "oidcExtensions"),
+    *("oidcClientAssertionCert", "oidcClientAssertionKey", "oidcResource", "oidcAudience", "oidcKid"),
+    *("awsRegion", "awsAccessKey", "awsSecretKey", "awsSessionToken", "awsIamRoleArn", "awsStsSessionName"),
+    *("region", "accessKey", "secretKey", "sessionToken", "assumeRoleArn", "sessionName"),
+    *("schemaRegistryURL", "schemaRegistryAPIKey", "schemaRegistryAPISecret", "schemaCachingEnabled"),
+    *("schemaLatestVersionCacheTTL", "useAvroJSON"),
+    *("backOffPolicy", "backOffDuration", "backOffInitialInterval", "backOffMaxInterval", "backOffMultiplier"),
+    *("backOffRandomizationFactor", "backOffMaxElapsedTime", "backOffMaxRetries"),
+)
+
+
+class InitialOffset(StrEnum):
+    """Where a group starts that has never committed: named as the driver's `auto_offset_reset`."""
+
+    NEWEST = "latest"
+    OLDEST = "earliest"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    mechanism: str
+    username: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Credentials(mechanism={self.mechanism!r}, username={self.username!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaConfig:
+    """`group` None: the one that a subscription names. `compression` None: none."""
+
+    brokers: tuple[str, ...]
+    client_id: str
+    group: str | None
+    initial_offset: InitialOffset
+    max_message_bytes: int
+    compression: str | None
+    session_timeout: timedelta
+    heartbeat_interval: timedelta
+    fetch_min_bytes: int
+    fetch_bytes: int
+    credentials: Credentials | None
+    tls: bool
+    skip_verify: bool
+    ca_certificate: str | None
+
+    def connection_options(self) -> dict[str, Any]:
+        """Name what every client of the driver is given to connect. Reads the system's certificates for TLS."""
+        options: dict[str, Any] = {
+            "bootstrap_servers": list(self.brokers),
+            "client_id": self.client_id,
+            "security_protocol": ("SASL_" if self.credentials else "") + ("SSL" if self.tls else "PLAINTEXT"),
+            "ssl_context": self._ssl_context() if self.tls else None,
+        }
+        if self.credentials is not None:
+            options["sasl_mechanism"] = self.credentials.mechanism
+            options["sasl_plain_username"] = self.credentials.username
+            options["sasl_plain_password"] = self.credentials.password
+        # An acknowledgement that takes longer than this is asked for again on a new connection.
+        options["request_timeout_ms"] = 10_000
+        return options
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cadata=self.ca_certificate)
+        if self.skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+def parse_config(component: Component, app_id: str) -> KafkaConfig:
+    """Read the metadata. Raises ComponentError."""
+    reader = MetadataReader(component, BROKER_FIELDS)
+    credentials = _credentials(reader)
+    config = KafkaConfig(
+        brokers=_brokers(reader),
+        client_id=reader.text("clientID", default=app_id) or app_id,
+        group=reader.text("consumerGroup", aliases=["consumerID"]),
+        initial_offset=_initial_offset(reader),
+        max_message_bytes=reader.integer("maxMessageBytes", default=0, minimum=0) or DEFAULT_MESSAGE_BYTES,
+        compression=_compression(reader),
+        session_timeout=_milliseconds(reader, "sessionTimeout", timedelta(seconds=10)),
+        heartbeat_interval=_milliseconds(reader, "heartbeatInterval", timedelta(seconds=3)),
+        fetch_min_bytes=reader.integer("consumerFetchMin", default=1, minimum=1),
+        fetch_bytes=reader.integer("consumerFetchDefault", default=1024 * 1024, minimum=1),
+        credentials=credentials,
+        # Without authentication there is no TLS either: dapr components-contrib common/component/kafka/kafka.go Init
+        tls=not reader.boolean("disableTls") and credentials is not None,
+        skip_verify=reader.boolean("skipVerify"),
+        ca_certificate=_ca_certificate(reader),
+    )
+    if config.heartbeat_interval >= config.session_timeout:
+        raise reader.error("heartbeatInterval", "must be shorter than sessionTimeout")
+    if reader.choice("producerRequiredAcks", ["all", "local", "none"], default="all") != "all":
+        raise reader.error("producerRequiredAcks", "must be all: with less, what is acknowledged can be lost")
+    reader.unsupported(*_UNSUPPORTED)
+    reader.finish()
+    return config
+
+
+def _brokers(reader: MetadataReader) -> tuple[str, ...]:
+    brokers = tuple(filter(None, (each.strip() for each in reader.required_text("brokers").split(","))))
+    if not brokers:
+        raise reader.error("brokers", "takes host:port, or several with commas between")
+    return brokers
+
+
+def _credentials(reader: MetadataReader) -> Credentials | None:
+    mechanism = (reader.text("saslMechanism") or "").upper()
+    username, password = reader.text("saslUsername"), reader.text("saslPassword")
+    # `authRequired` is the older spelling of `authType: password`.
+    default = "password" if reader.boolean("authRequired") else "none"
+    kinds = ["none", "password", "mtls", "certificate", "oidc", "oidc_private_key_jwt", "awsiam"]
+    kind = reader.choice("authType", kinds, default=default)
+    if kind == "none":
+        return None
+    if kind != "password":
+        raise reader.error("authType", "takes none or password in this version")
+    if username is None:
+        raise reader.error("saslUsername", "is required with authType password")
+    if password is None:
+        raise reader.error("saslPassword", "is required with authType password")
+    names = {"SHA-256": "SCRAM-SHA-256", "SHA-512": "SCRAM-SHA-512"}
+    return Credentials(names.get(mechanism, "PLAIN"), username, password)
+
+
+def _initial_offset(reader: MetadataReader) -> InitialOffset:
+    name = reader.choice("initialOffset", ["newest", "oldest"], default="newest")
+    return InitialOffset.OLDEST if name == "oldest" else InitialOffset.NEWEST
+
+
+def _compression(reader: MetadataReader) -> str | None:
+    name = reader.choice("compression", ["none", "gzip", "snappy", "lz4", "zstd"], default="none")
+    return None if name == "none" else name
+
+
+def _milliseconds(reader: MetadataReader, name: str, default: timedelta) -> timedelta:
+    return reader.duration(name, default=default, bare="milliseconds", minimum=timedelta(milliseconds=1))
+
+
+def _ca_certificate(reader: MetadataReader) -> str | None:
+    text = reader.text("caCert")
+    if text is not None and "-----BEGIN CERTIFICATE-----" not in text:
+        raise reader.error("caCert", "takes a certificate in PEM")
+    return text

@@ -1,0 +1,335 @@
+"""One member of a consumer group: deliveries that are settled in any order, committed in the order of offsets."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import KafkaError
+
+from statecast.components.broker.broker import Delivery, Message
+from statecast.components.broker.kafka.config import KafkaConfig
+from statecast.components.broker.kafka.producer import cut_off
+from statecast.components.broker.kafka.records import decode
+
+logger = logging.getLogger(__name__)
+
+WAITING_LIMIT = 1_000
+"""How many messages wait in memory before no more are fetched."""
+
+COMMIT_SECONDS = 0.1
+_LEAVE_SECONDS = 2.0
+_RETRY_SECONDS = 0.2
+_STAND_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class _Partition:
+    """What this member knows of a partition that it was assigned.
+
+    `position` is the next offset to take in, `unsettled` the offsets taken in and not acknowledged, in order.
+    """
+
+    where: TopicPartition
+    committed: int
+    position: int
+    unsettled: dict[int, None] = field(default_factory=dict)
+    is_ours: bool = True
+
+    @property
+    def committable(self) -> int:
+        return next(iter(self.unsettled), self.position)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    partition: _Partition
+    offset: int
+    message: Message
+    attempt: int
+
+
+class Subscription:
+    """Reads ahead into memory, and commits in the background what is acknowledged.
+
+    A nacked message comes again before everything that was not yet handed out. When the group is reassembled, what is
+    waiting rests; partitions that come back to this member go on where they were.
+    """
+
+    def __init__(self, config: KafkaConfig, topic: str, group: str) -> None:
+        self._config = config
+        self._topic = topic
+        self._group = group
+        self._consumer: Any = None
+        self._partitions: dict[TopicPartition, _Partition] = {}
+        self._waiting: deque[_Waiting] = deque()
+        self._resting: deque[_Waiting] = deque()
+        self._has_changed = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._is_dirty = asyncio.Event()
+        self._stands = asyncio.Event()
+        self._is_assembled = asyncio.Event()
+        self._failure: Exception | None = None
+        self._closed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        """Join, as often as it takes, and return once this member's partitions have a committed position."""
+        opening = asyncio.ensure_future(self._join())
+        closing = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait([opening, closing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (opening, closing):
+                task.cancel()
+            await asyncio.wait([opening, closing])
+        if not opening.cancelled():
+            opening.result()
+            self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._commit_regularly())]
+
+    async def close(self) -> None:
+        """Commit what is acknowledged and leave the group, within seconds whatever Kafka does."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._has_changed.set()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._consumer is not None:
+            await self._leave(self._consumer)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        while not self._closed.is_set():
+            if self._waiting:
+                return self._hand_out(self._waiting.popleft())
+            self._has_changed.clear()
+            await self._has_changed.wait()
+        raise StopAsyncIteration
+
+    def settle(self, waiting: _Waiting, *, handled: bool) -> None:
+        partition = waiting.partition
+        if self._closed.is_set() or not partition.is_ours or waiting.offset not in partition.unsettled:
+            return
+        if handled:
+            del partition.unsettled[waiting.offset]
+            self._is_dirty.set()
+            return
+        again = _Waiting(partition, waiting.offset, waiting.message, waiting.attempt + 1)
+        (self._waiting if self._stands.is_set() else self._resting).appendleft(again)
+        self._has_changed.set()
+
+    # The group is reassembled: called by the driver, one after the other
+
+    async def give_up(self) -> None:
+        """Rest: the partitions are going to be dealt out anew."""
+        self._stands.clear()
+        await self._commit()
+        self._resting.extend(self._waiting)
+        self._waiting.clear()
+
+    async def take_over(self, assigned: Iterable[TopicPartition]) -> None:
+        """Go on with the partitions that came back, begin with the new ones, forget the others."""
+        before, self._partitions = self._partitions, {}
+        try:
+            for where in assigned:
+                self._partitions[where] = await self._position(where, before.get(where))
+        except (KafkaError, TimeoutError) as error:
+            # The driver would only log it. Without positions there is no member: a new one shall take its place.
+            self._failure = error
+            self._is_assembled.set()
+            return
+        for where, partition in before.items():
+            partition.is_ours = self._partitions.get(where) is partition
+        self._waiting.extend(waiting for waiting in self._resting if waiting.partition.is_ours)
+        self._resting.clear()
+        self._stands.set()
+        self._is_assembled.set()
+        self._has_changed.set()
+        self._update_room()
+
+    async def _position(self, where: TopicPartition, before: _Partition | None) -> _Partition:
+        committed = await self._consumer.committed(where)
+        if committed is not None and before is not None and before.committed == committed:
+            return before
+        if committed is None:
+            # Fixed now: a member that takes the partition over later must not begin at what is then the newest.
+            committed = await self._consumer.position(where)
+            await self._consumer.commit({where: committed})
+        return _Partition(where, committed, committed)
+
+    # Reading and committing
+
+    async def _join(self) -> None:
+        while True:
+            consumer = self._new_consumer()
+            try:
+                async with asyncio.timeout(_STAND_SECONDS + self._config.session_timeout.total_seconds()):
+                    await consumer.start()
+                    await self._is_assembled.wait()
+                if self._failure is not None:
+                    raise self._failure
+            except (KafkaError, OSError, TimeoutError) as error:
+                logger.warning(
+                    "no subscription to topic %r of Kafka yet: %s", self._topic, error or type(error).__name__
+                )
+                await _stop(consumer)
+                await asyncio.sleep(_RETRY_SECONDS)
+            except asyncio.CancelledError:
+                await _stop(consumer)
+                raise
+            else:
+                return
+
+    def _new_consumer(self) -> Any:
+        config = self._config
+        self._stands.clear()
+        self._is_assembled.clear()
+        self._failure = None
+        self._partitions = {}
+        self._waiting.clear()
+        self._resting.clear()
+        self._consumer = AIOKafkaConsumer(
+            **config.connection_options(),
+            group_id=self._group,
+            auto_offset_reset=config.initial_offset.value,
+            enable_auto_commit=False,
+            session_timeout_ms=int(config.session_timeout.total_seconds() * 1000),
+            heartbeat_interval_ms=int(config.heartbeat_interval.total_seconds() * 1000),
+            # A handler that takes its time keeps its partitions: only a member that is gone loses them.
+            max_poll_interval_ms=2**31 - 1,
+            fetch_min_bytes=config.fetch_min_bytes,
+            max_partition_fetch_bytes=config.fetch_bytes,
+        )
+        self._consumer.subscribe([self._topic], listener=_Listener(self))
+        return self._consumer
+
+    async def _read(self) -> None:
+        while True:
+            await self._has_room.wait()
+            if self._failure is not None:
+                await self._start_anew(self._failure)
+            try:
+                fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
+            except KafkaError as error:
+                logger.warning("reading topic %r of Kafka: %s", self._topic, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            for where, records in fetched.items():
+                self._take_in(where, records)
+
+    async def _start_anew(self, failure: Exception) -> None:
+        logger.warning("joining group %r of Kafka again: %s", self._group, failure or type(failure).__name__)
+        for partition in self._partitions.values():
+            partition.is_ours = False
+        await _stop(self._consumer)
+        await self._join()
+
+    def _take_in(self, where: TopicPartition, records: Iterable[Any]) -> None:
+        partition = self._partitions.get(where)
+        if partition is None:
+            return
+        for record in records:
+            # After the group was reassembled, the driver reads again from the committed offset.
+            if record.offset < partition.position:
+                continue
+            partition.position = record.offset + 1
+            partition.unsettled[record.offset] = None
+            message = decode(
+                *(record.topic, record.partition, record.offset, record.timestamp),
+                *(record.key, record.value, record.headers),
+            )
+            (self._waiting if self._stands.is_set() else self._resting).append(
+                _Waiting(partition, record.offset, message, 1)
+            )
+        self._update_room()
+        self._has_changed.set()
+
+    def _hand_out(self, waiting: _Waiting) -> Delivery:
+        self._update_room()
+        return _KafkaDelivery(waiting, self)
+
+    def _update_room(self) -> None:
+        (self._has_room.set if len(self._waiting) < WAITING_LIMIT else self._has_room.clear)()
+
+    async def _commit_regularly(self) -> None:
+        while True:
+            await self._is_dirty.wait()
+            await asyncio.sleep(COMMIT_SECONDS)
+            if self._stands.is_set():
+                await self._commit()
+
+    async def _commit(self) -> None:
+        self._is_dirty.clear()
+        moved = [partition for partition in self._partitions.values() if partition.committable != partition.committed]
+        offsets = {partition.where: partition.committable for partition in moved}
+        if not offsets:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await self._consumer.commit(offsets)
+        except (KafkaError, TimeoutError) as error:
+            logger.warning("committing topic %r of Kafka: %s", self._topic, error or type(error).__name__)
+            self._is_dirty.set()
+            return
+        for partition in moved:
+            partition.committed = offsets[partition.where]
+
+    async def _leave(self, consumer: Any) -> None:
+        if self._stands.is_set():
+            await self._commit()
+        self._stands.clear()
+        await _stop(consumer)
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the driver has no types
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        await self._subscription.give_up()
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        await self._subscription.take_over(assigned)
+
+
+class _KafkaDelivery:
+    def __init__(self, waiting: _Waiting, subscription: Subscription) -> None:
+        self.message = waiting.message
+        self.attempt = waiting.attempt
+        self._waiting = waiting
+        self._subscription = subscription
+        self._is_settled = False
+
+    async def ack(self) -> None:
+        self._settle(handled=True)
+
+    async def nack(self) -> None:
+        self._settle(handled=False)
+
+    def _settle(self, *, handled: bool) -> None:
+        if not self._is_settled:
+            self._is_settled = True
+            self._subscription.settle(self._waiting, handled=handled)
+
+
+async def _stop(consumer: Any) -> None:
+    """Leave the group; cut the connections where that takes longer than it may."""
+    stopping = asyncio.ensure_future(consumer.stop())
+    await asyncio.wait([stopping], timeout=_LEAVE_SECONDS)
+    if not stopping.done():
+        await cut_off(consumer._client)
+        await asyncio.wait([stopping], timeout=_LEAVE_SECONDS)
+    if not stopping.done():
+        stopping.cancel()
+        await asyncio.wait([stopping])
+    if not stopping.cancelled() and (error := stopping.exception()):
+        logger.debug("leaving a group of Kafka: %s", error)
