@@ -207,14 +207,16 @@ def _parse_document(document: _Document, place: str) -> object:
         try:
             # JSON first: YAML takes neither JSON's tabs nor its pairs of \u escapes.
             return json.loads(document.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # a YAML flow mapping begins so too
     try:
         return yaml.load(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
         what = _where_and_what(error, document.first_line)
-    except (ValueError, RecursionError) as error:
-        what = f": {type(error).__name__}"
+    except ValueError:
+        what = ": a value is not what its tag says"
+    except RecursionError:
+        what = ": it is nested too deep"
     # The parser's own error quotes the lines around the fault, which may hold a password: it is not passed on.
     raise ComponentError(f"{place}{what}; YAML or JSON is expected")
 

@@ -412,6 +412,11 @@ def test_the_document_that_is_broken_is_counted_and_the_line_is_that_of_the_file
     assert message.endswith("; YAML or JSON is expected")
 
 
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 50_000, "[" * 50_000])
+def test_a_document_that_is_nested_too_deep_is_an_error(text: str) -> None:
+    assert failure_of(text) == "c/a.yaml, document 1: it is nested too deep; YAML or JSON is expected"
+
+
 def test_a_syntax_error_does_not_show_the_lines_around_it() -> None:
     text = with_spec("metadata: [{name: password, value: s3cr3t}, {]")
 

@@ -59,6 +59,49 @@ def test_the_types_of_this_release_are_known() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("type", "version", "metadata"),
+    [
+        ("state.in-memory", "v1", {}),
+        ("state.sqlite", "v1", {"connectionString": ":memory:"}),
+        ("state.sqlite3", "v1", {"connectionString": ":memory:"}),
+        ("state.postgresql", "v2", {"connectionString": "postgresql://u@127.0.0.1:5432/d"}),
+        ("state.postgres", "v2", {"connectionString": "postgresql://u@127.0.0.1:5432/d"}),
+        ("state.redis", "v1", {"redisHost": "127.0.0.1:6379"}),
+        ("pubsub.in-memory", "v1", {}),
+        ("pubsub.redis", "v1", {"redisHost": "127.0.0.1:6379"}),
+        ("pubsub.kafka", "v1", {"brokers": "127.0.0.1:9092", "authType": "none"}),
+    ],
+)
+async def test_every_built_in_class_is_where_its_type_says_and_is_made_without_a_server(
+    type: str, version: str, metadata: dict[str, str]
+) -> None:
+    described = Component("x", type, version, metadata=metadata)
+    make = BUILT_IN.state_store if type.startswith("state.") else BUILT_IN.broker
+
+    made = make(described, app_id="orders", clock=SystemClock())
+
+    assert made.__class__.__name__ == BUILT_IN.registrations[type].target.partition(":")[2]
+
+
+@pytest.mark.parametrize(
+    ("type", "version", "field"),
+    [
+        ("state.sqlite", "v1", "connectionString"),
+        ("state.postgresql", "v2", "connection"),
+        ("pubsub.kafka", "", "brokers"),
+    ],
+)
+def test_a_required_field_that_is_missing_is_an_error_that_names_file_document_and_field(
+    type: str, version: str, field: str
+) -> None:
+    described = component(type, version)
+    make = BUILT_IN.state_store if type.startswith("state.") else BUILT_IN.broker
+
+    with pytest.raises(ComponentError, match=rf"c/a\.yaml, document 1: component 'x': .*{field}"):
+        make(described, app_id="orders", clock=SystemClock())
+
+
 def test_a_type_is_found_in_any_case() -> None:
     assert BUILT_IN.check(component("State.In-Memory", "V1")) == BUILT_IN.registrations["state.in-memory"]
 
