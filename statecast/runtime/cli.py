@@ -26,17 +26,24 @@ def command_line() -> None:
 
 
 @command_line.command()
-@click.option("--store", type=click.Choice(list(DemoStore)), default=DemoStore.SQLITE, show_default=True)
-@click.option("--broker", type=click.Choice(list(DemoBroker)), default=DemoBroker.IN_MEMORY, show_default=True)
+@click.option("--store", type=click.Choice([str(each) for each in DemoStore]), default="sqlite", show_default=True)
+@click.option("--broker", type=click.Choice([str(each) for each in DemoBroker]), default="in-memory", show_default=True)
 @click.option(
     "--input",
     "source",
     type=click.File("r", encoding="utf-8", errors="surrogateescape"),
     help="Orders as JSON lines; - reads them from standard input. Default: a sample of 1,000 changes of 250 orders.",
 )
+@click.option(
+    "--rate",
+    type=click.FloatRange(0),
+    default=250,
+    show_default=True,
+    help="Commits per second; 0: as fast as it goes.",
+)
 @click.option("--crash", is_flag=True, help="Let the first process kill itself halfway, and a second one go on.")
 @click.pass_context
-def demo(context: click.Context, store: DemoStore, broker: DemoBroker, source: IO[str] | None, crash: bool) -> None:
+def demo(context: click.Context, store: str, broker: str, source: IO[str] | None, rate: float, crash: bool) -> None:
     """Commit orders and their events in one transaction each, and watch the events arrive.
 
     Servers that are needed are started unless STATECAST_TEST_POSTGRESQL_URL, STATECAST_TEST_REDIS_URL or
@@ -45,7 +52,7 @@ def demo(context: click.Context, store: DemoStore, broker: DemoBroker, source: I
     The exit code is 0; 1 when something was lost or out of order; 3 when malformed lines were left out.
     """
     with source or sample_path().open(encoding="utf-8") as lines:
-        context.exit(run_demo(store, broker, lines, crash=crash, console=Console()))
+        context.exit(run_demo(DemoStore(store), DemoBroker(broker), lines, rate=rate, crash=crash, console=Console()))
 
 
 @command_line.group()

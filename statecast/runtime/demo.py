@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -24,14 +25,18 @@ from rich.table import Table
 
 from statecast.components.manifest import Component
 from statecast.errors import Duplicate
+from statecast.outbox.relay import RelayOptions
 from statecast.pubsub.cloudevent import CloudEvent
-from statecast.runtime.app import Runtime
+from statecast.runtime.app import Runtime, RuntimeOptions
 from statecast.runtime.servers import ServerKind, Servers
 from statecast.runtime.state import StateClient
 
 STORE, PUBSUB = "statestore", "pubsub"
 WRITERS = 16
 ARRIVAL_TIMEOUT = 60.0
+
+# Short leases, so that nobody has to wait long to see another process take over what a killed one held.
+OPTIONS = RuntimeOptions(relay=RelayOptions(lease=timedelta(seconds=2), publish_timeout=timedelta(seconds=1)))
 
 
 class DemoStore(StrEnum):
@@ -136,6 +141,7 @@ class Demo:
     components: tuple[Component, ...]
     app_id: str
     topic: str
+    rate: float
 
     async def run(
         self,
@@ -151,7 +157,7 @@ class Demo:
         `journal` gets every arrival at once; with `kill_after` this process kills itself after so many.
         """
         complete = asyncio.Event()
-        async with Runtime.open(self.components, app_id=self.app_id) as runtime:
+        async with Runtime.open(self.components, app_id=self.app_id, options=OPTIONS) as runtime:
 
             @runtime.subscribe(PUBSUB, self.topic)
             def on_order(event: CloudEvent) -> None:
@@ -166,25 +172,33 @@ class Demo:
 
             await runtime.ready()
             async with _shown(console, tally, len(lines)):
-                await commit_all(runtime.state(STORE), lines, tally)
+                await commit_all(runtime.state(STORE), lines, tally, self.rate)
                 await _arrival(complete if lines else None, console)
             counts = runtime.relay_counts(STORE)
             tally.published += counts.published if counts else 0
 
 
-async def commit_all(store: StateClient, lines: list[Line], tally: Tally) -> None:
-    """Commit the lines through some concurrent writers; the lines of one order go through the same one, in order."""
-    queues: list[list[Line]] = [[] for _ in range(WRITERS)]
-    for line in lines:
-        queues[hash(line.key) % WRITERS].append(line)
+async def commit_all(store: StateClient, lines: list[Line], tally: Tally, rate: float) -> None:
+    """Commit the lines through some concurrent writers, `rate` a second, 0 for as fast as it goes.
 
-    async def write(queue: list[Line]) -> None:
-        for line in queue:
+    The lines of one order go through the same writer, in order.
+    """
+    queues: list[asyncio.Queue[Line | None]] = [asyncio.Queue() for _ in range(WRITERS)]
+
+    async def write(queue: asyncio.Queue[Line | None]) -> None:
+        while (line := await queue.get()) is not None:
             await commit(store, line, tally)
 
     async with asyncio.TaskGroup() as group:
         for queue in queues:
             group.create_task(write(queue))
+        started = time.monotonic()
+        for count, line in enumerate(lines):
+            if rate:
+                await asyncio.sleep(started + count / rate - time.monotonic())
+            queues[hash(line.key) % WRITERS].put_nowait(line)
+        for queue in queues:
+            queue.put_nowait(None)
 
 
 async def commit(store: StateClient, line: Line, tally: Tally) -> None:
@@ -200,13 +214,13 @@ async def commit(store: StateClient, line: Line, tally: Tally) -> None:
     tally.committed[line.number] = time.monotonic()
 
 
-def make_demo(store: DemoStore, broker: DemoBroker, folder: Path, servers: Servers) -> Demo:
+def make_demo(store: DemoStore, broker: DemoBroker, rate: float, folder: Path, servers: Servers) -> Demo:
     """Make a demo of its own; servers that it needs are started, unless their addresses are given."""
     suffix = secrets.token_hex(3)
     topic = f"orders-{suffix}"
     outbox = {"outboxPublishPubsub": PUBSUB, "outboxPublishTopic": topic}
     state = _state_component(store, folder, servers, outbox)
-    return Demo(store, broker, (state, _broker_component(broker, servers)), f"demo-{suffix}", topic)
+    return Demo(store, broker, (state, _broker_component(broker, servers)), f"demo-{suffix}", topic, rate)
 
 
 def resumed(demo: Demo) -> Demo:
@@ -244,7 +258,9 @@ async def run_with_crash(demo: Demo, lines: list[Line], tally: Tally, console: C
     await resumed(demo).run(lines, tally, console)
 
 
-def run_demo(store: DemoStore, broker: DemoBroker, input: IO[str], *, crash: bool, console: Console) -> int:
+def run_demo(
+    store: DemoStore, broker: DemoBroker, input: IO[str], *, rate: float, crash: bool, console: Console
+) -> int:
     """Run the demonstration and print what came of it.
 
     Returns 0; 1 when something was lost or out of order; 3 when it went well but malformed lines were left out.
@@ -257,7 +273,7 @@ def run_demo(store: DemoStore, broker: DemoBroker, input: IO[str], *, crash: boo
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="statecast-demo-") as folder, Servers() as servers:
         console.print(f"{len(lines)} orders, state in {store}, events through {broker}")
-        demo = make_demo(store, broker, Path(folder), servers)
+        demo = make_demo(store, broker, rate, Path(folder), servers)
         if crash:
             asyncio.run(run_with_crash(demo, lines, tally, console, Path(folder)))
         else:
@@ -282,8 +298,8 @@ def summary(tally: Tally) -> Table:
         rows.append(("committed before the crash", f"{len(tally.already_committed):,}"))
     if tally.repeated:
         rows.append(("received again (same event id)", f"{tally.repeated:,}"))
-    rows.append(("commit to delivery, p50", f"{percentile(latencies, 0.50) * 1e3:.1f} ms"))
-    rows.append(("commit to delivery, p99", f"{percentile(latencies, 0.99) * 1e3:.1f} ms"))
+    for share in (0.50, 0.99) if latencies else ():
+        rows.append((f"commit to delivery, p{share * 100:.0f}", f"{percentile(latencies, share) * 1e3:.1f} ms"))
     for row in rows:
         table.add_row(*row)
     return table
