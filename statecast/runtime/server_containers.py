@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -73,9 +74,8 @@ def why_no_docker() -> str | None:
     from testcontainers.core.docker_client import DockerClient
 
     try:
-        client = DockerClient(timeout=5).client
-        client.ping()
-        client.close()
+        with closing(DockerClient(timeout=5).client) as client:
+            client.ping()
     except (DockerException, OSError) as error:
         return f"no Docker engine answers ({str(error).splitlines()[0][:120]})"
     return None
@@ -155,7 +155,10 @@ class ContainerServer:
         self._wait_until_ready()
 
     def close(self) -> None:
-        self._container.stop()
+        from docker.errors import NotFound
+
+        with suppress(NotFound):
+            self._container.stop()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
@@ -177,13 +180,8 @@ def remove_container(container_id: str) -> None:
     from docker.errors import NotFound
     from testcontainers.core.docker_client import DockerClient
 
-    client = DockerClient().client
-    try:
+    with suppress(NotFound), closing(DockerClient().client) as client:
         client.containers.get(container_id).remove(force=True, v=True)
-    except NotFound:
-        return
-    finally:
-        client.close()
 
 
 def is_container_running(container_id: str) -> bool:
@@ -191,8 +189,8 @@ def is_container_running(container_id: str) -> bool:
     from testcontainers.core.docker_client import DockerClient
 
     try:
-        client = DockerClient().client
-        return bool(client.containers.get(container_id).status == "running")
+        with closing(DockerClient().client) as client:
+            return bool(client.containers.get(container_id).status == "running")
     except DockerException:
         return False
 
@@ -218,6 +216,7 @@ def _command(kind: ServerKind, keeping: Keeping) -> list[str]:
         case ServerKind.POSTGRESQL:
             return ["postgres", "-c", "max_connections=200", *([] if keeping.durable else ["-c", "fsync=off"])]
         case ServerKind.REDIS:
-            return ["redis-server", *redis_options(keeping)]
+            # Protected, it would refuse whoever does not come from inside of the container.
+            return ["redis-server", "--protected-mode", "no", *redis_options(keeping)]
         case ServerKind.KAFKA:
             return []

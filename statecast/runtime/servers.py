@@ -10,6 +10,7 @@ Everything here blocks; asyncio code calls it through `asyncio.to_thread`.
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -60,7 +61,7 @@ class Servers:
         self._durable = durable
         self._environment = environment
         self._lock = threading.RLock()
-        self._owned: list[PrivateServer] = []
+        self._owned = ExitStack()
         self._shared: dict[tuple[ServerKind, Variant], Server] = {}
 
     def __enter__(self) -> Self:
@@ -93,14 +94,13 @@ class Servers:
         keeping = Keeping(after_kill=True, durable=self._durable if durable is None else durable)
         server = start_server(kind, keeping, variant=variant, environment=self._environment)
         with self._lock:
-            self._owned.append(server)
+            self._owned.callback(server.close)
         return server
 
     def close(self) -> None:
         """End every server that was started here, and remove its data."""
         with self._lock:
-            while self._owned:
-                self._owned.pop().close()
+            self._owned.close()
 
     def _given(self, kind: ServerKind, variant: Variant) -> Server | None:
         variable = ADDRESS_VARIABLES[kind]
@@ -115,7 +115,7 @@ class Servers:
     def _start_shared(self, kind: ServerKind, variant: Variant) -> Server:
         keeping = Keeping(durable=self._durable)
         server = start_server(kind, keeping, variant=variant, environment=self._environment)
-        self._owned.append(server)
+        self._owned.callback(server.close)
         return server.describe()
 
 
