@@ -10,6 +10,9 @@ from typing import Self
 
 from statecast.components.state.log import Lease
 
+# So many transactions behind, a read is as quick as at the end.
+_WORTH_MOVING = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -33,16 +36,27 @@ class Position:
         return self if self.cur is not None else replace(self, cur=snapshot)
 
     def behind(self, last_id: int | None, *, is_full: bool) -> "Position":
-        """Move on after a read that found rows up to `last_id`, and found as many as it was allowed if `is_full`."""
+        """Move on after a read that found rows up to `last_id`, and found as many as it was allowed if `is_full`.
+
+        After one that found nothing the position stays where it was for a while: to persist it, and every relay's
+        heartbeat, is a transaction, so an idle log would move and be persisted for ever.
+        """
         assert self.cur is not None
         if is_full and last_id is not None:
             return replace(self, after=last_id)
+        if last_id is None and self.after == 0 and _end(self.cur) - _end(self.prev) < _WORTH_MOVING:
+            return Position(self.prev)
         return Position(self.cur)
 
     @property
     def is_exhausted(self) -> bool:
         """Nothing became visible between the two snapshots."""
         return self.cur == self.prev
+
+
+def _end(snapshot: str) -> int:
+    """Tell the first transaction that is after the snapshot: the middle part of `730:735:730,732`."""
+    return int(snapshot.split(":")[1])
 
 
 def group(leases: list[Lease]) -> dict[Position, list[Lease]]:

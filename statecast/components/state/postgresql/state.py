@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, timedelta
 from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +39,7 @@ class _Open:
     log: PostgresqlOutboxLog
     directory: PostgresqlDirectory
     waker: Waker
+    sweeper: Sweeper
     slices: int
     get: str
     bulk_get: str
@@ -73,8 +74,8 @@ class PostgresqlStateStore:
             waker = Waker(self._connect, _channel(layout, log), self._clock)
             waker.open()
             stack.push_async_callback(waker.close)
-            self._start_sweeping(stack, layout)
             self._opened = self._statements(layout, log, waker)
+            self._start_sweeping(stack, self._opened.sweeper)
             self._stack = stack.pop_all()
         return self
 
@@ -115,6 +116,10 @@ class PostgresqlStateStore:
             case busy:
                 raise AssertionError(f"a commit that waits was told {busy}")
 
+    async def sweep(self) -> None:
+        """Remove what has expired now, unless another process has done so within the cleanup interval."""
+        await self._require_open().sweeper.sweep(asyncio.Event())
+
     async def _persistently(self, statement: str, arguments: Sequence[object]) -> list[str | None]:
         """Call the commit function, again where the server rolled back for what another try gets past."""
         for attempt in range(1, _TRIES):
@@ -149,11 +154,10 @@ class PostgresqlStateStore:
             failure = failure_at_opening(error)
             raise type(failure)(f"{describe(self._component)}: {failure}") from error
 
-    def _start_sweeping(self, stack: AsyncExitStack, layout: Layout) -> None:
+    def _start_sweeping(self, stack: AsyncExitStack, sweeper: Sweeper) -> None:
         if self._config.cleanup_interval is None:
             return
         stop = asyncio.Event()
-        sweeper = Sweeper(self._lanes, layout, self._config.cleanup_interval, self._clock)
         task = asyncio.create_task(sweeper.run(stop), name="postgresql sweeper")
 
         async def end() -> None:
@@ -170,6 +174,7 @@ class PostgresqlStateStore:
             log=PostgresqlOutboxLog(self._lanes, layout, log, waker),
             directory=PostgresqlDirectory(self._lanes, layout, self._app_id),
             waker=waker,
+            sweeper=Sweeper(self._lanes, layout, self._config.cleanup_interval or timedelta(), self._clock),
             slices=log.slices,
             get=f"select {columns} from {layout.state} where key = $1 and {live}",
             bulk_get=f"select {columns} from {layout.state} where key = any ($1::text[]) and {live}",

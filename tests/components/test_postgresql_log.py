@@ -1,0 +1,404 @@
+"""The log on PostgreSQL under transactions that take their number early and commit late, and its ring of partitions."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from statecast.clock import SystemClock
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, OutboxRecord, Upsert
+from statecast.components.state.log import Lease, LogEntry, OutboxLog, slice_of
+from statecast.components.state.postgresql import PostgresqlStateStore
+from statecast.components.state.postgresql.call import CommitCall
+from statecast.components.state.postgresql.position import Position
+from statecast.components.testing.deadline import until
+
+HOUR = timedelta(hours=1)
+PATIENCE_SECONDS = 60
+
+
+@pytest.fixture
+def make_store(postgresql_url: str) -> Callable[[], PostgresqlStateStore]:
+    component = Component("statestore", "state.postgresql", "v2", {"connectionString": postgresql_url, "maxConns": "8"})
+    return lambda: PostgresqlStateStore(component, app_id="orders", clock=SystemClock())
+
+
+@pytest.fixture
+async def store(make_store: Callable[[], PostgresqlStateStore]) -> AsyncIterator[PostgresqlStateStore]:
+    async with make_store() as store:
+        yield store
+
+
+@pytest.fixture
+async def admin(postgresql_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(postgresql_url)
+    yield connection
+    await connection.close()
+
+
+def record(order_key: str, event_id: str) -> OutboxRecord:
+    return OutboxRecord(order_key, event_id, "pubsub", "orders", b"{}")
+
+
+async def append(store: PostgresqlStateStore, *event_ids: str, order_key: str = "orders||1") -> None:
+    await store.transact(Commit((), tuple(record(order_key, event_id) for event_id in event_ids)))
+
+
+async def read_all(log: OutboxLog, leases: list[Lease]) -> tuple[list[str], list[Lease]]:
+    batch = await log.read(leases, 1_000)
+    return [entry.record.event_id for entry in batch.entries], list(batch.leases)
+
+
+async def commit_inside(connection: asyncpg.Connection, commit: Commit) -> None:
+    """Call the commit function in a transaction that is open on `connection`."""
+    arguments = CommitCall((commit,), 16).arguments(wait=True)
+    places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
+    refusal = await connection.fetchval(f"select statecast_commit_1_v1({places})", *arguments)
+    assert refusal == [None]
+
+
+# Late commits
+
+
+async def test_what_commits_late_with_an_early_id_is_read_behind_what_came_in_between(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    transaction = admin.transaction()
+    await transaction.start()
+    await commit_inside(admin, Commit((), (record("orders||late", "late"),)))
+    await append(store, "early")
+
+    before, leases = await read_all(store.log, leases)
+    await transaction.commit()
+    after, leases = await read_all(store.log, leases)
+
+    assert (before, after) == (["early"], ["late"])
+    assert await read_all(store.log, leases) == ([], leases)
+
+
+async def test_a_read_in_small_steps_keeps_its_snapshot_until_all_of_it_is_given(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    transaction = admin.transaction()
+    await transaction.start()
+    await commit_inside(admin, Commit((), (record("orders||late", "late"),)))
+    await append(store, *(f"early-{number}" for number in range(5)))
+    first = await store.log.read(leases, 2)
+
+    await transaction.commit()
+    seen = [entry.record.event_id for entry in first.entries]
+    leases = list(first.leases)
+    for _ in range(5):
+        batch = await store.log.read(leases, 2)
+        seen += [entry.record.event_id for entry in batch.entries]
+        leases = list(batch.leases)
+
+    assert seen == [f"early-{number}" for number in range(5)] + ["late"]
+
+
+async def test_a_transaction_left_open_in_this_and_in_another_database_holds_nothing_up(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    elsewhere = await asyncpg.connect(urlsplit(postgresql_url)._replace(path="/postgres").geturl())
+    async with admin.transaction(), elsewhere.transaction():
+        await admin.execute("select pg_current_xact_id()")
+        await elsewhere.execute("select pg_current_xact_id()")
+
+        seen = []
+        for number in range(20):
+            await append(store, str(number))
+            found, leases = await read_all(store.log, leases)
+            seen += found
+
+        assert seen == [str(number) for number in range(20)]
+    await elsewhere.close()
+
+
+async def test_a_rolled_back_transaction_leaves_no_event(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    transaction = admin.transaction()
+    await transaction.start()
+    await commit_inside(admin, Commit((), (record("orders||1", "never"),)))
+    _, leases = await read_all(store.log, leases)
+
+    await transaction.rollback()
+    await append(store, "after")
+
+    assert (await read_all(store.log, leases))[0] == ["after"]
+
+
+class Deliveries:
+    """What relays have published, as a broker would see it."""
+
+    def __init__(self) -> None:
+        self._first: defaultdict[str, list[str]] = defaultdict(list)
+        self._seen: set[str] = set()
+
+    def add(self, entries: list[LogEntry]) -> None:
+        for entry in entries:
+            if entry.record.event_id not in self._seen:
+                self._seen.add(entry.record.event_id)
+                self._first[entry.record.order_key].append(entry.record.event_id)
+
+    @property
+    def first(self) -> dict[str, list[str]]:
+        return dict(self._first)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+
+async def test_provoking_writers_and_relays_that_freeze_and_die_lose_nothing_and_keep_the_order_of_keys(
+    store: PostgresqlStateStore,
+    make_store: Callable[[], PostgresqlStateStore],
+    admin: asyncpg.Connection,
+    postgresql_url: str,
+) -> None:
+    """It fails when a read takes a fresh snapshot in the middle, or goes by ids alone: both were tried."""
+    keys, writers, steps = [f"orders||{number}" for number in range(24)], 6, 60
+    total = writers * steps
+    chance = random.Random(7)
+    deliveries = Deliveries()
+    await admin.execute("create table counter (key text primary key, n int not null)")
+
+    async def write(connection: asyncpg.Connection) -> None:
+        for _ in range(steps):
+            key = chance.choice(keys)
+            async with connection.transaction():
+                # The transaction's number is old by the time that it gets the key.
+                await connection.execute("select pg_current_xact_id()")
+                await asyncio.sleep(chance.uniform(0, 0.01))
+                number = await connection.fetchval(
+                    "insert into counter values ($1, 1) on conflict (key) do update set n = counter.n + 1 returning n",
+                    key,
+                )
+                event = record(key, f"{key}#{number}")
+                await commit_inside(connection, Commit((Upsert(key, b"%d" % number),), (event,)))
+                await asyncio.sleep(chance.uniform(0, 0.02))
+
+    async def relay(name: str) -> None:
+        """Take slices, read, deliver, persist; now and then sleep through the lease, or die and come back."""
+        ttl = timedelta(milliseconds=200)
+        leases: list[Lease] = []
+        while len(deliveries) < total:
+            leases += await store.log.acquire(name, 6 - len(leases), ttl)
+            batch = await store.log.read(leases, 7)
+            if chance.random() < 0.03:
+                await asyncio.sleep(0.3)
+            if chance.random() < 0.03:
+                leases = []
+                continue
+            # A relay renews before it publishes, and leaves out what is another's now.
+            mine = {lease.slice for lease in await store.log.advance(leases, ttl)}
+            deliveries.add([entry for entry in batch.entries if entry.slice in mine])
+            leases = await store.log.advance([lease for lease in batch.leases if lease.slice in mine], ttl)
+            await store.log.wait(leases, timedelta(milliseconds=10))
+
+    connections = [await asyncpg.connect(postgresql_url) for _ in range(writers)]
+    async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as group:
+        for connection in connections:
+            group.create_task(write(connection))
+        for name in ("a", "b", "c"):
+            group.create_task(relay(name))
+
+    counts = {row["key"]: row["n"] for row in await admin.fetch("select key, n from counter")}
+    assert sum(counts.values()) == total
+    assert deliveries.first == {key: [f"{key}#{number}" for number in range(1, n + 1)] for key, n in counts.items()}
+    for connection in connections:
+        await connection.close()
+
+
+# Positions
+
+
+async def test_an_idle_logs_positions_do_not_move_although_leases_are_renewed(store: PostgresqlStateStore) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    batch = await store.log.read(leases, 100)
+
+    for _ in range(10):
+        await store.log.heartbeat("relay", HOUR)
+        kept = await store.log.advance(batch.leases, HOUR)
+        batch = await store.log.read(kept, 100)
+
+    assert [lease.position for lease in batch.leases] == [lease.position for lease in leases]
+
+
+async def test_positions_of_quiet_slices_follow_when_many_transactions_have_passed(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    for _ in range(1_100):
+        await admin.execute("select pg_current_xact_id()")
+
+    batch = await store.log.read(leases, 100)
+
+    assert {lease.position for lease in batch.leases}.isdisjoint(lease.position for lease in leases)
+
+
+def test_a_position_is_the_same_after_writing_and_reading_its_text() -> None:
+    for position in (Position("7:9:7,8"), Position("7:9:7,8", "10:10:", 17)):
+        assert Position.parse(str(position)) == position
+
+
+async def test_slices_at_the_same_position_are_read_by_one_statement(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    await append(store, "1")
+    batch = await store.log.read(leases, 100)
+
+    assert len({lease.position for lease in batch.leases}) == 1
+
+
+# Words from other processes
+
+
+async def test_a_commit_elsewhere_wakes_a_wait_by_a_notification(
+    store: PostgresqlStateStore, make_store: Callable[[], PostgresqlStateStore], admin: asyncpg.Connection
+) -> None:
+    heard: list[str] = []
+
+    async def has_heard() -> bool:
+        return bool(heard)
+
+    await store.log.wait([], timedelta(milliseconds=1))
+    channel = await listened_channel(admin)
+    await admin.add_listener(channel, lambda *told: heard.append(str(told[3])))
+
+    async with make_store() as other:
+        await append(other, "1", order_key="orders||1")
+
+        await until(has_heard)
+
+    assert heard == [str(slice_of("orders||1", 16))]
+
+
+async def test_a_process_that_reads_its_own_commits_tells_nobody(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    heard: list[str] = []
+
+    async def has_heard() -> bool:
+        return bool(heard)
+
+    leases = await store.log.acquire("relay", 16, HOUR)
+    await store.log.wait(leases, timedelta(milliseconds=1))
+    await admin.add_listener(await listened_channel(admin), lambda *told: heard.append(str(told[3])))
+
+    await append(store, "1")
+    await store.log.release(leases)
+    await append(store, "2", order_key="orders||2")
+    await until(has_heard)
+
+    assert heard == [str(slice_of("orders||2", 16))]
+
+
+async def listened_channel(admin: asyncpg.Connection) -> str:
+    """Find the channel that the store listens on: by the last statement of its side connection."""
+    found: list[str] = []
+
+    async def is_listening() -> bool:
+        found.extend(
+            row["query"] for row in await admin.fetch("select query from pg_stat_activity where query ilike 'listen %'")
+        )
+        return bool(found)
+
+    await until(is_listening)
+    return found[0].split('"')[1]
+
+
+# The ring
+
+
+async def fill_partitions(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:
+    """Put ten events each into partitions 0, 1 and 2, by moving the sequence on."""
+    for partition in range(3):
+        await admin.execute("select setval('statecast_outbox_1_id', $1)", (partition << 17) + 1)
+        await append(store, *(f"{partition}-{number}" for number in range(10)))
+
+
+async def counts(admin: asyncpg.Connection) -> list[int]:
+    return [await admin.fetchval(f"select count(*) from statecast_outbox_1_{number}") for number in range(4)]
+
+
+async def test_what_every_slice_has_passed_is_truncated(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:
+    await fill_partitions(store, admin)
+    files = await admin.fetchval("select pg_relation_filenode('statecast_outbox_1_0')")
+    _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+    await store.log.advance(leases, HOUR)
+
+    await store.log.trim()
+
+    # Partition 2 is being written; 3 would be next.
+    assert await counts(admin) == [0, 0, 10, 0]
+    assert await admin.fetchval("select pg_relation_filenode('statecast_outbox_1_0')") != files
+
+
+async def test_what_one_slice_has_not_passed_is_kept(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:
+    await fill_partitions(store, admin)
+    _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+    await store.log.advance(leases[1:], HOUR)
+
+    await store.log.trim()
+
+    assert await counts(admin) == [10, 10, 10, 0]
+
+
+async def test_a_partition_that_an_open_transaction_has_written_to_is_kept_and_read(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    writer = await asyncpg.connect(postgresql_url)
+    transaction = writer.transaction()
+    await transaction.start()
+    await commit_inside(writer, Commit((), (record("orders||late", "late"),)))
+    await fill_partitions(store, admin)
+    _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+    await store.log.advance(leases, HOUR)
+
+    await store.log.trim()
+    await transaction.commit()
+
+    assert (await counts(admin))[0] == 11
+    assert (await read_all(store.log, leases))[0] == ["late"]
+    await writer.close()
+
+
+async def test_a_trim_gives_up_while_a_dump_holds_the_table(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    await fill_partitions(store, admin)
+    _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+    await store.log.advance(leases, HOUR)
+
+    async with admin.transaction():
+        await admin.execute("lock table statecast_outbox_1_0 in access share mode")
+        await store.log.trim()
+        kept = await admin.fetchval("select count(*) from statecast_outbox_1_0")
+
+    assert kept == 10
+
+
+async def test_a_ring_that_comes_round_goes_on(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:
+    seen: list[str] = []
+    leases = await store.log.acquire("relay", 16, HOUR)
+    for turn in range(9):
+        await admin.execute("select setval('statecast_outbox_1_id', $1)", (turn << 17) + 1)
+        await append(store, str(turn))
+        found, leases = await read_all(store.log, leases)
+        seen += found
+        await store.log.advance(leases, HOUR)
+        await store.log.trim()
+
+    assert seen == [str(turn) for turn in range(9)]
+    assert sum(await counts(admin)) <= 3
