@@ -5,6 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,9 +25,8 @@ _WAL_SIZE_LIMIT = 64 * 1024 * 1024
 class Database:
     def __init__(self, config: SqliteConfig) -> None:
         self._config = config
-        self._writer = Writer(self._connect_writer, config.location, config.timeout, self._ring)
+        self._writer: Writer | None = None
         self._reader: apsw.Connection | None = None
-        self._is_open = False
         self._bell = asyncio.Event()
 
     @property
@@ -41,32 +41,30 @@ class Database:
     async def open(self) -> None:
         """Start the writer; it connects and migrates at the first job. Raises ComponentError for a missing folder."""
         _require_folder(self._config)
+        self._writer = Writer(self._connect_writer, self._config.location, self._config.timeout, self._ring)
         self._writer.start()
-        self._is_open = True
 
     async def close(self) -> None:
-        self._is_open = False
+        writer, self._writer = self._writer, None
+        self._drop_reader()
         self._ring()
-        try:
-            await self._writer.close()
-        finally:
-            self._drop_reader()
+        if writer is not None:
+            await writer.close()
 
     async def commit(self, job: Job[T], *, announces: bool = False) -> T:
         """Run `job` in a transaction, as `Writer.run` says."""
-        return await self._writer.run(job, announces=announces)
+        return await self._require_open().run(job, announces=announces)
 
     async def write(self, job: Job[T]) -> T:
         """Run `job` in a transaction; for what may be repeated, so that an unknown outcome is StoreUnavailable too."""
         try:
-            return await self._writer.run(job)
+            return await self._require_open().run(job)
         except OutcomeUnknown as error:
             raise StoreUnavailable(str(error)) from error
 
     async def read(self, query: Callable[[apsw.Connection], T]) -> T:
         """Run `query` on what is committed: at once and in this thread where nothing can block it."""
-        if not self._is_open:
-            raise StoreUnavailable(f"{self._config.location} is not open")
+        self._require_open()
         # Without a write-ahead log a reader waits for the writer: then it is better done between two commits.
         if self._config.uses_wal:
             try:
@@ -77,11 +75,14 @@ class Database:
             except BREAKING as error:
                 self._drop_reader()
                 raise refused(error, self._config.location) from error
-            except apsw.Error as error:
-                raise refused(error, self._config.location) from error
-            except UnicodeEncodeError as error:
+            except (apsw.Error, UnicodeEncodeError) as error:
                 raise refused(error, self._config.location) from error
         return await self.write(query)
+
+    def _require_open(self) -> Writer:
+        if self._writer is None:
+            raise StoreUnavailable(f"{self._config.location} is not open")
+        return self._writer
 
     def _ring(self) -> None:
         bell, self._bell = self._bell, asyncio.Event()
@@ -98,7 +99,8 @@ class Database:
     def _drop_reader(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None:
-            reader.close(True)
+            with suppress(apsw.Error):
+                reader.close(True)
 
     def _connect_writer(self) -> apsw.Connection:
         connection = apsw.Connection(self._config.uri, flags=_flags())
@@ -108,7 +110,7 @@ class Database:
             self._set_journal_mode(connection)
             self._set_pragmas(connection)
             migrate(connection, self._config)
-            connection.set_busy_handler(_patience(self._config.busy_timeout))
+            connection.set_busy_handler(_patience(min(self._config.busy_timeout, self._config.timeout)))
         except BaseException:
             connection.close(True)
             raise
@@ -122,12 +124,14 @@ class Database:
         while True:
             # SQLite does not ask the busy handler when two connections both want to switch.
             try:
-                connection.execute(f"PRAGMA journal_mode = {mode}").fetchall()
+                got = connection.execute(f"PRAGMA journal_mode = {mode}").fetchall()
                 break
             except apsw.BusyError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.001, 0.005))
+        if got != [(mode,)]:
+            raise StoreUnavailable(f"{self._config.location}: no write-ahead log can be kept here; set disableWAL")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_SIZE_LIMIT}").fetchall()
 
     def _set_pragmas(self, connection: apsw.Connection) -> None:

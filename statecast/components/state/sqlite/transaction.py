@@ -2,8 +2,10 @@
 
 import os
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeGuard
 
 import apsw
 import orjson
@@ -12,11 +14,12 @@ from statecast.components.state.commit import (
     ABSENT,
     Absent,
     Commit,
+    Concurrency,
     Delete,
     ETag,
     Guard,
-    KeyChange,
     Mark,
+    Operation,
     OutboxRecord,
     Upsert,
     collapse,
@@ -64,21 +67,28 @@ def statements(table: str, log: RegisteredLog) -> Statements:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Changes:
+    """What the operations of a commit come to. `contradiction`: two of their conditions cannot both hold."""
+
+    conditions: Sequence[tuple[str, ETag | Absent]] = ()
+    contradiction: ETagMismatch | None = None
+    upserts: Sequence[UpsertRow] = ()
+    deletes: Sequence[str] = ()
+    etags: tuple[ETag | None, ...] = ()
+
+
+@dataclass(slots=True)
 class Transaction:
-    """One planned commit; calling it applies it, inside the caller's transaction."""
+    """One planned commit; calling it applies it, inside the caller's transaction. Not frozen: that costs 2 µs each."""
 
     statements: Statements
     app_id: str
     log: int
-    guards: tuple[Guard, ...]
     marks: tuple[Mark, ...]
-    conditions: list[tuple[str, ETag | Absent]]
-    contradiction: ETagMismatch | None
-    upserts: list[UpsertRow]
-    deletes: list[str]
+    guards: tuple[Guard, ...]
+    changes: Changes
     records: list[RecordRow]
-    etags: tuple[ETag | None, ...]
 
     def __call__(self, connection: apsw.Connection) -> tuple[ETag | None, ...]:
         """Check everything, then write. Raises Duplicate, Fenced, ETagMismatch before the first write."""
@@ -86,13 +96,13 @@ class Transaction:
         execute = connection.execute
         for mark in self.marks:
             execute(self.statements.set_mark, (self.log, mark.digest, mark.ttl.total_seconds()))
-        for row in self.upserts:
+        for row in self.changes.upserts:
             execute(self.statements.upsert, row)
-        for key in self.deletes:
+        for key in self.changes.deletes:
             execute(self.statements.delete, (key,))
         for record in self.records:
             execute(self.statements.append, record)
-        return self.etags
+        return self.changes.etags
 
     def _check(self, connection: apsw.Connection) -> None:
         execute = connection.execute
@@ -102,41 +112,48 @@ class Transaction:
         for guard in self.guards:
             if not execute(self.statements.claim, (self.app_id, guard.type, guard.id, guard.token)).fetchall():
                 raise Fenced(guard.type, guard.id)
-        if self.contradiction is not None:
-            raise self.contradiction
-        for key, expected in self.conditions:
+        if self.changes.contradiction is not None:
+            raise self.changes.contradiction
+        for key, expected in self.changes.conditions:
             found = execute(self.statements.etag, (key,)).fetchall()
             if found if expected is ABSENT else found != [(expected,)]:
                 raise ETagMismatch(key, None if expected is ABSENT else expected)
 
 
 def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog) -> Transaction:
-    """Turn a commit into rows. Raises InvalidRequest.
-
-    Conditions that contradict each other are kept as a refusal to come, since a mark that is set goes before it.
-    """
-    changes, contradiction = _collapse(commit)
-    upserts = [_upsert_row(change.write) for change in changes if isinstance(change.write, Upsert)]
+    """Turn a commit into rows. Raises InvalidRequest."""
     return Transaction(
-        statements=statements,
-        app_id=app_id,
-        log=log.number,
-        guards=commit.guards,
-        marks=commit.marks,
-        conditions=[(change.key, change.expected) for change in changes if change.expected is not None],
-        contradiction=contradiction,
-        upserts=upserts,
-        deletes=[change.key for change in changes if isinstance(change.write, Delete)],
-        records=[_record_row(record, log.slices) for record in commit.records],
-        etags=etags_after(commit.operations, {row[0]: row[3] for row in upserts}),
+        statements,
+        app_id,
+        log.number,
+        commit.marks,
+        commit.guards,
+        _changes(commit.operations),
+        [_record_row(record, log.slices) for record in commit.records],
     )
 
 
-def _collapse(commit: Commit) -> tuple[list[KeyChange], ETagMismatch | None]:
+def _changes(operations: tuple[Operation, ...]) -> Changes:
+    if len(operations) == 1 and _is_plain(operations[0]):
+        # By far the most frequent commit; the general way below comes to the same and takes 8 µs more.
+        row = _upsert_row(operations[0])
+        return Changes(upserts=[row], etags=(row[3],))
     try:
-        return collapse(commit.operations), None
+        changes = collapse(operations)
     except ETagMismatch as mismatch:
-        return [], mismatch
+        # It is raised in its turn: a mark that is set already, or a guard, goes before it.
+        return Changes(contradiction=mismatch)
+    upserts = [_upsert_row(change.write) for change in changes if isinstance(change.write, Upsert)]
+    return Changes(
+        conditions=[(change.key, change.expected) for change in changes if change.expected is not None],
+        upserts=upserts,
+        deletes=[change.key for change in changes if isinstance(change.write, Delete)],
+        etags=etags_after(operations, {row[0]: row[3] for row in upserts}),
+    )
+
+
+def _is_plain(operation: Operation) -> TypeGuard[Upsert]:
+    return isinstance(operation, Upsert) and not operation.etag and operation.concurrency is not Concurrency.FIRST_WRITE
 
 
 def _upsert_row(upsert: Upsert) -> UpsertRow:
