@@ -31,6 +31,12 @@ class ErrorReply(Exception):
     def code(self) -> str:
         return str(self).partition(" ")[0]
 
+    @property
+    def is_missing_right(self) -> bool:
+        """Tell whether the user may not do that; within a script servers say so in words of their own."""
+        text = str(self)
+        return any(words in text for words in ("NOPERM", "ACL failure in script", "can't run this command"))
+
 
 def pack(*arguments: Argument) -> bytes:
     return cast(bytes, hiredis.pack_command(cast(Any, arguments)))

@@ -28,7 +28,7 @@ from statecast.components.broker.redis.publishing import (
     runs_of,
 )
 from statecast.components.broker.redis.subscription import Pace, Subscription
-from statecast.components.manifest import Component
+from statecast.components.manifest import Component, describe
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
 from statecast.components.redis.connection import ErrorReply, NotSent, Unanswered
 from statecast.components.redis.pipeline import Pipeline
@@ -49,12 +49,12 @@ class RedisBroker:
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
         fields = MetadataReader(component, BROKER_FIELDS)
         self._settings = read_settings(fields)
-        self._trim = _read_trim(fields, component.name)
+        self._trim = _read_trim(fields, describe(component))
         self._pace = _read_pace(fields)
         self._consumer_id = fields.text("consumerID")
         fields.unsupported("concurrency")
         fields.finish()
-        self._name = component.name
+        self._described = describe(component)
         self._app_id = app_id
         self._clock = clock
         self._pipeline = Pipeline(self._settings)
@@ -128,7 +128,7 @@ class RedisBroker:
         A new group begins with the oldest entry that the stream has.
         """
         if not self._pipeline.is_open:
-            raise InvalidRequest(f"component {self._name!r} is not open")
+            raise InvalidRequest(f"{self._described} is not open")
         if group == self._app_id and self._consumer_id is not None:
             group = self._consumer_id
         subscription = Subscription(
@@ -150,17 +150,17 @@ class RedisBroker:
         try:
             facts = parse_info(await self._pipeline.command("INFO"))
         except (NotSent, Unanswered, ErrorReply) as error:
-            logger.warning("component %r: Redis does not answer yet: %s", self._name, error)
+            logger.warning("%s: Redis does not answer yet: %s", self._described, error)
             return
         if problem := find_problem(facts):
-            raise ComponentError(f"component {self._name!r}: {problem}")
+            raise ComponentError(f"{self._described}: {problem}")
 
 
-def _read_trim(fields: MetadataReader, name: str) -> Trim:
+def _read_trim(fields: MetadataReader, described: str) -> Trim:
     entries = fields.integer("maxLenApprox", default=0, minimum=0)
     age = fields.duration("streamTTL", default=timedelta(), bare="milliseconds", minimum=timedelta())
     if entries and age:
-        logger.warning("component %r: maxLenApprox and streamTTL are both given; only maxLenApprox is used", name)
+        logger.warning("%s: maxLenApprox and streamTTL are both given; only maxLenApprox is used", described)
     if entries:
         return Trim.to_length(entries)
     return Trim.to_age(age) if age else Trim()

@@ -18,7 +18,6 @@ _LARGEST_RUN_BYTES: Final = 4 * 1024 * 1024
 LARGEST_MESSAGE_BYTES: Final = 500 * 1024 * 1024
 """What goes into one command of a Redis server (proto-max-bulk-len is 512 MiB) with room for what is around it."""
 
-_ABOUT_THE_TOPIC: Final = ("WRONGTYPE", "NOPERM")
 _PASSING: Final = ("OOM", "READONLY", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOAUTH", "CLUSTERDOWN", "BUSY")
 
 PUBLISH: Final = Script("""
@@ -122,7 +121,7 @@ def outcome_of_error(error: NotSent | Unanswered | ErrorReply) -> Refused | Unre
             return Unreachable(str(error))
         case Unanswered():
             return Unknown(str(error))
-        case ErrorReply(code=code) if code in _ABOUT_THE_TOPIC:
+        case ErrorReply(is_missing_right=True) | ErrorReply(code="WRONGTYPE"):
             return Refused(str(error), is_about_topic=True)
         case ErrorReply(code=code) if code in _PASSING:
             return Unreachable(str(error))

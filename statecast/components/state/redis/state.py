@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Final, Self
 
 from statecast.clock import Clock
-from statecast.components.manifest import Component
+from statecast.components.manifest import Component, describe
 from statecast.components.metadata import STATE_FIELDS, MetadataReader
+from statecast.components.redis.connection import ErrorReply
 from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import read_settings
@@ -39,7 +40,7 @@ class RedisStateStore:
         settings = read_settings(fields)
         fields.unsupported("queryIndexes")
         fields.finish()
-        self._name = component.name
+        self._described = describe(component)
         self._names = KeyNames(app_id, component.name)
         self._shared = Pipeline(settings)
         self._replicated = Pipeline(
@@ -105,12 +106,12 @@ class RedisStateStore:
     async def _examine_server(self) -> None:
         facts = parse_info(await self._database.command("INFO"))
         if problem := find_problem(facts) or _find_eviction(facts):
-            raise ComponentError(f"component {self._name!r}: {problem}")
+            raise ComponentError(f"{self._described}: {problem}")
         if facts.get("aof_enabled") == "0":
             logger.warning(
-                "component %r: the server keeps no append-only file: what was committed since its last snapshot is lost"
+                "%s: the server keeps no append-only file: what was committed since its last snapshot is lost"
                 " when it ends",
-                self._name,
+                self._described,
             )
         self._database.replicas = int(facts.get("connected_slaves", "0"))
         for script in (COMMIT, READ):
@@ -118,8 +119,8 @@ class RedisStateStore:
         try:
             await self._database.ask(REHEARSE, 1, self._names.rehearsal)
         except StoreUnavailable as error:
-            if "NOPERM" in str(error) or "can't run this command" in str(error):
-                raise ComponentError(f"component {self._name!r}: the user lacks a right: {error}") from error
+            if isinstance(error.__cause__, ErrorReply) and error.__cause__.is_missing_right:
+                raise ComponentError(f"{self._described}: the user lacks a right: {error}") from error
             raise
 
 
