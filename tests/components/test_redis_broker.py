@@ -1,14 +1,25 @@
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 
 from statecast.clock import SystemClock
-from statecast.components.broker.broker import Broker
+from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.redis.broker import RedisBroker
 from statecast.components.manifest import Component
-from statecast.components.testing.broker import BrokerContract
-from statecast.runtime.server_answers import run_redis
+from statecast.components.testing.broker import LONG, BrokerContract, numbered
+from statecast.components.testing.deadline import until
+from statecast.errors import InvalidRequest
+from statecast.runtime.servers import PrivateServer, ServerKind
+
+
+@pytest.fixture
+def server(private_server: Callable[[ServerKind], PrivateServer]) -> PrivateServer:
+    return private_server(ServerKind.REDIS)
 
 
 def redis_broker(url: str, **metadata: str) -> RedisBroker:
@@ -27,7 +38,7 @@ class TestRedisBroker(BrokerContract):
 
     @pytest.fixture
     def unknown_topic(self, redis_url: str) -> str:
-        run_redis(redis_url, "SET", "no-stream", "text")
+        run(redis_url, "SET", "no-stream", "text")
         return "no-stream"
 
 
@@ -40,5 +51,249 @@ class TestBrokerOnAnOlderServer(BrokerContract):
 
     @pytest.fixture
     def unknown_topic(self, older_redis_url: str) -> str:
-        run_redis(older_redis_url, "SET", "no-stream", "text")
+        run(older_redis_url, "SET", "no-stream", "text")
         return "no-stream"
+
+
+# On the wire
+
+
+async def test_an_entry_has_metadata_only_where_the_message_has(redis_url: str) -> None:
+    async with redis_broker(redis_url) as broker:
+        await broker.publish([Message("t", b"\xff", "key"), Message("t", b"2", metadata={"a": "b"})], LONG)
+
+    assert fields_in(redis_url, "t") == [{b"data": b"\xff"}, {b"data": b"2", b"metadata": b'{"a":"b"}'}]
+
+
+async def test_what_dapr_publishes_is_received(redis_url: str) -> None:
+    run(redis_url, "XADD", "t", "*", "data", "1", "metadata", '{"ttlInSeconds":"10"}')
+    run(redis_url, "XADD", "t", "*", "data", "2", "metadata", "{}")
+    run(redis_url, "XADD", "t", "*", "text", "of another program")
+
+    async with redis_broker(redis_url) as broker, broker.subscribe("t", "g") as deliveries:
+        received = [(await next_of(deliveries)).message for _ in range(3)]
+
+    assert [message.body for message in received] == [b"1", b"2", b""]
+    assert [message.metadata for message in received] == [{"ttlInSeconds": "10"}, {}, {}]
+
+
+async def test_a_stream_is_kept_at_about_its_length(redis_url: str) -> None:
+    async with redis_broker(redis_url, maxLenApprox="100") as broker:
+        await broker.publish(numbered("t", 1_000), LONG)
+
+    assert 100 <= len(fields_in(redis_url, "t")) <= 300
+
+
+async def test_old_entries_of_a_stream_are_thrown_away(redis_url: str) -> None:
+    for number in range(1, 301):
+        run(redis_url, "XADD", "t", f"{number}-0", "data", "old")
+
+    async with redis_broker(redis_url, streamTTL="1h") as broker:
+        await broker.publish(numbered("t", 10), LONG)
+
+    bodies = [fields[b"data"] for fields in fields_in(redis_url, "t")]
+    assert bodies.count(b"old") <= 100
+    assert len(bodies) - bodies.count(b"old") == 10
+
+
+# What a server refuses
+
+
+async def test_a_topic_without_the_right_is_refused_and_no_other(server: PrivateServer) -> None:
+    run(server.address, "ACL", "SETUSER", "clerk", "on", ">s3cret", "~open", "+@all")
+    messages = [Message("open" if number % 2 else "shut", b"%d" % number, "key") for number in range(6)]
+
+    async with redis_broker(server.address, redisUsername="clerk", redisPassword="s3cret") as broker:
+        outcomes = await broker.publish(messages, LONG)
+
+    assert outcomes[1::2] == [Published()] * 3
+    assert all(isinstance(outcome, Refused) and outcome.is_about_topic for outcome in outcomes[0::2])
+
+
+async def test_a_full_server_can_be_tried_again(server: PrivateServer) -> None:
+    async with redis_broker(server.address) as broker:
+        run(server.address, "CONFIG", "SET", "maxmemory", "1")
+        full = await broker.publish(numbered("t", 4, keys=2), LONG)
+        run(server.address, "CONFIG", "SET", "maxmemory", "0")
+        roomy = await broker.publish(numbered("t", 4, keys=2), LONG)
+
+    assert [type(outcome) for outcome in full] == [Unreachable] * 4
+    assert roomy == [Published()] * 4
+
+
+async def test_a_key_that_was_stopped_stays_stopped_in_the_runs_that_follow(redis_url: str) -> None:
+    run(redis_url, "SET", "shut", "text")
+    messages = [Message("shut" if number % 3 == 0 else "open", b"%d" % number, "key") for number in range(1_500)]
+
+    async with redis_broker(redis_url) as broker:
+        outcomes = await broker.publish(messages, LONG)
+
+    assert isinstance(outcomes[0], Refused)
+    assert [type(outcome) for outcome in outcomes[3::3]] == [Unreachable] * 499
+    assert outcomes[1::3] + outcomes[2::3] == [Published()] * 1_000
+
+
+async def test_a_server_that_forgot_its_scripts_is_taught_again(redis_url: str) -> None:
+    async with redis_broker(redis_url) as broker:
+        await broker.publish(numbered("t", 1), LONG)
+        run(redis_url, "SCRIPT", "FLUSH")
+        outcomes = await asyncio.gather(*(broker.publish(numbered("t", 5), LONG) for _ in range(5)))
+
+    assert outcomes == [[Published()] * 5] * 5
+    assert len(fields_in(redis_url, "t")) == 26
+
+
+# A server that is away
+
+
+async def test_a_broker_opens_without_its_server_and_publishes_once_it_is_there(server: PrivateServer) -> None:
+    server.kill()
+
+    async with redis_broker(server.address) as broker:
+        [without] = await broker.publish(numbered("t", 1), LONG)
+        await asyncio.to_thread(server.restart)
+        [with_server] = await broker.publish(numbered("t", 1), LONG)
+
+    assert isinstance(without, Unreachable)
+    assert with_server == Published()
+
+
+async def test_a_silent_server_leaves_the_outcome_unknown_at_the_deadline(server: PrivateServer) -> None:
+    async with redis_broker(server.address) as broker, asyncio.timeout(10):
+        await broker.publish(numbered("t", 1), LONG)
+        server.freeze()
+
+        outcomes = await broker.publish(numbered("t", 600), timedelta(milliseconds=200))
+        server.thaw()
+        again = await broker.publish(numbered("t", 600), LONG)
+
+    assert {type(outcome) for outcome in outcomes[:500]} == {Unknown}
+    assert {type(outcome) for outcome in outcomes[500:]} == {Unreachable}
+    assert again == [Published()] * 600
+
+
+async def test_a_subscription_outlives_its_server(server: PrivateServer) -> None:
+    async with redis_broker(server.address) as broker, broker.subscribe("t", "g") as deliveries:
+        await broker.publish([Message("t", b"before")], LONG)
+        before = await next_of(deliveries)
+        await before.ack()
+        waiting = asyncio.ensure_future(next_of(deliveries))
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.restart)
+
+        await publish_until_published(broker, Message("t", b"after"))
+        after = await waiting
+
+    assert (before.message.body, after.message.body) == (b"before", b"after")
+
+
+# Groups
+
+
+async def test_what_a_dead_member_had_in_hand_is_taken_over(redis_url: str) -> None:
+    run(redis_url, "XGROUP", "CREATE", "t", "g", "0", "MKSTREAM")
+    run(redis_url, "XADD", "t", "*", "data", "1")
+    run(redis_url, "XREADGROUP", "GROUP", "g", "dead", "STREAMS", "t", ">")
+
+    async with (
+        redis_broker(redis_url, processingTimeout="50ms", redeliverInterval="50ms") as broker,
+        broker.subscribe("t", "g") as deliveries,
+    ):
+        delivery = await next_of(deliveries)
+        await delivery.ack()
+
+    assert (delivery.message.body, delivery.attempt) == (b"1", 2)
+    assert run(redis_url, "XPENDING", "t", "g")["pending"] == 0
+
+
+async def test_what_a_member_holds_is_not_given_to_it_twice(redis_url: str) -> None:
+    async with (
+        redis_broker(redis_url, processingTimeout="20ms", redeliverInterval="20ms") as broker,
+        broker.subscribe("t", "g") as deliveries,
+    ):
+        await broker.publish([Message("t", b"slow")], LONG)
+        slow = await next_of(deliveries)
+        waiting = asyncio.ensure_future(next_of(deliveries))
+
+        async def was_looked_at() -> bool:
+            client: Any = redis.Redis.from_url(redis_url)
+            (pending,) = client.xpending_range("t", "g", "-", "+", 10)
+            return int(pending["times_delivered"]) > 2
+
+        await until(was_looked_at)
+        is_waiting = not waiting.done()
+        await broker.publish([Message("t", b"next")], LONG)
+
+        assert is_waiting
+        assert (await waiting).message.body == b"next"
+        assert slow.message.body == b"slow"
+
+
+async def test_a_member_that_leaves_is_forgotten_and_what_it_never_handed_out_counts_as_new(redis_url: str) -> None:
+    async with redis_broker(redis_url) as broker:
+        async with broker.subscribe("t", "g") as deliveries:
+            await broker.publish(numbered("t", 3), LONG)
+            held = await next_of(deliveries)
+        consumers = [consumer[b"name"] for consumer in run(redis_url, "XINFO", "CONSUMERS", "t", "g")]
+        async with broker.subscribe("t", "g") as deliveries:
+            received = [await next_of(deliveries) for _ in range(3)]
+
+    assert held.attempt == 1
+    assert consumers == [b"statecast-handed-back"]
+    assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+async def test_a_group_that_was_destroyed_is_made_again(redis_url: str) -> None:
+    async with redis_broker(redis_url) as broker, broker.subscribe("t", "g") as deliveries:
+        await broker.publish([Message("t", b"1")], LONG)
+        await (await next_of(deliveries)).ack()
+        run(redis_url, "XGROUP", "DESTROY", "t", "g")
+        run(redis_url, "DEL", "t")
+        await broker.publish([Message("t", b"2")], LONG)
+
+        assert (await next_of(deliveries)).message.body == b"2"
+
+
+async def test_the_consumer_id_renames_the_group_of_the_app(redis_url: str) -> None:
+    async with redis_broker(redis_url, consumerID="other") as broker:
+        async with broker.subscribe("t", "orders"):
+            pass
+        async with broker.subscribe("t", "billing"):
+            pass
+
+    assert {group[b"name"] for group in run(redis_url, "XINFO", "GROUPS", "t")} == {b"other", b"billing"}
+
+
+async def test_a_key_that_is_no_stream_cannot_be_subscribed_to(redis_url: str) -> None:
+    run(redis_url, "SET", "t", "text")
+
+    async with redis_broker(redis_url) as broker:
+        with pytest.raises(InvalidRequest, match="WRONGTYPE"):
+            async with broker.subscribe("t", "g"):
+                pass
+
+
+async def test_a_broker_that_is_not_open_has_no_subscriptions(redis_url: str) -> None:
+    with pytest.raises(InvalidRequest, match="not open"):
+        async with redis_broker(redis_url).subscribe("t", "g"):
+            pass
+
+
+def run(url: str, *words: str | int) -> Any:
+    return redis.Redis.from_url(url).execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def fields_in(url: str, topic: str) -> list[dict[bytes, bytes]]:
+    return [fields for _, fields in run(url, "XRANGE", topic, "-", "+")]
+
+
+async def next_of(deliveries: AsyncIterator[Delivery]) -> Delivery:
+    async with asyncio.timeout(20):
+        return await anext(deliveries)
+
+
+async def publish_until_published(broker: Broker, message: Message) -> None:
+    async def is_published() -> bool:
+        return await broker.publish([message], LONG) == [Published()]
+
+    await until(is_published)
