@@ -1,0 +1,117 @@
+import io
+import json
+import signal
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statecast.runtime.cli import command_line
+from statecast.runtime.demo import Line, Malformed, Tally, parse_lines, percentile, sample_path
+
+ORDER = '{"orderId":"1","status":"placed","total":3.5,"customer":{"card":"4111"}}'
+
+
+def run(*arguments: str, input: str | None = None) -> Result:
+    return CliRunner().invoke(command_line, ["demo", "--rate", "0", *arguments], input=input)
+
+
+def shown(result: Result, row: str) -> str:
+    """Give the value that the final table shows in a row."""
+    (line,) = [line for line in result.output.splitlines() if line.startswith(f"│ {row} ")]
+    return line.split("│")[2].strip()
+
+
+def test_the_sample_has_a_thousand_orders() -> None:
+    with sample_path().open() as file:
+        lines = list(parse_lines(file))
+
+    assert len(lines) == 1_000
+    assert all(isinstance(line, Line) for line in lines)
+
+
+def test_lines_that_are_no_orders_are_told_by_number_and_empty_ones_left_out() -> None:
+    texts = [ORDER, "", "{broken", '{"orderId":"2","status":"placed"}', "[]", ORDER]
+
+    parsed = list(parse_lines(texts))
+
+    assert [line.number for line in parsed if isinstance(line, Line)] == [1, 6]
+    assert [line.number for line in parsed if isinstance(line, Malformed)] == [3, 4, 5]
+
+
+@given(st.lists(st.binary(max_size=20)))
+def test_no_input_breaks_the_parser(bodies: list[bytes]) -> None:
+    texts = [body.decode("utf-8", "surrogateescape") for body in bodies]
+
+    assert all(isinstance(line, Line | Malformed) for line in parse_lines(texts))
+
+
+@given(st.permutations(range(1, 7)))
+def test_an_arrival_behind_a_later_one_of_its_key_is_out_of_order(numbers: list[int]) -> None:
+    tally = Tally()
+
+    for number in numbers:
+        tally.note_received("key", number, 0.0)
+        tally.note_received("key", number, 0.0)
+
+    overtaken = [number for index, number in enumerate(numbers) if max(numbers[: index + 1]) > number]
+    assert (tally.out_of_order, tally.repeated) == (len(overtaken), 6)
+
+
+def test_what_was_committed_and_never_arrived_is_lost() -> None:
+    tally = Tally(committed={1: 0.0, 2: 0.0})
+
+    tally.note_received("key", 2, 1.0)
+
+    assert (tally.lost, tally.latencies) == (1, [1.0])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
+def test_a_percentile_is_one_of_the_values(values: list[float], share: float) -> None:
+    assert percentile(sorted(values), share) in values
+
+
+def test_the_demo_shows_that_everything_arrived_in_order() -> None:
+    result = run()
+
+    assert result.exit_code == 0, result.output
+    assert shown(result, "committed") == shown(result, "received") == "1,000"
+    assert (shown(result, "lost"), shown(result, "out of order")) == ("0", "0")
+
+
+def test_the_demo_reads_standard_input_and_says_which_line_it_left_out() -> None:
+    result = run("--input", "-", input=f"{ORDER}\n{{broken\n{ORDER}\n")
+
+    assert result.exit_code == 3
+    assert "line 2 is no order and is left out" in result.output
+    assert shown(result, "received") == "2"
+
+
+def test_the_demo_takes_a_file_of_nothing(tmp_path: Path) -> None:
+    empty = tmp_path / "orders.jsonl"
+    empty.write_text("")
+
+    result = run("--input", str(empty))
+
+    assert result.exit_code == 0
+    assert shown(result, "received") == "0"
+
+
+def test_the_event_has_nothing_of_the_customer() -> None:
+    order = json.loads(ORDER)
+
+    (line,) = parse_lines(io.StringIO(ORDER))
+
+    assert isinstance(line, Line)
+    assert line.document == order
+    assert set(line.public) == {"orderId", "status", "total"}
+
+
+def test_a_demo_that_is_killed_halfway_loses_nothing() -> None:
+    result = run("--crash", "--rate", "400")
+
+    assert result.exit_code == 0, result.output
+    assert f"was ended by {signal.SIGKILL.name} after 500 arrivals" in result.output
+    assert (shown(result, "received"), shown(result, "lost"), shown(result, "out of order")) == ("1,000", "0", "0")
+    assert int(shown(result, "committed before the crash")) >= 500
