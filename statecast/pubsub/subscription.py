@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from typing import Any
 
 from statecast.clock import Clock
 from statecast.components.broker.broker import Broker, Delivery
@@ -35,8 +36,12 @@ class Subscription:
         """Deliver until `stop` is set; an event in the handler's hands is finished, unless it keeps failing."""
         async with self._broker.subscribe(self._topic, self._group) as deliveries:
             self.is_standing.set()
-            while (delivery := await _next(deliveries, stop)) is not None:
-                await self._deliver(delivery, stop)
+            stopping = asyncio.ensure_future(stop.wait())
+            try:
+                while (delivery := await _next(deliveries, stopping)) is not None:
+                    await self._deliver(delivery, stop)
+            finally:
+                stopping.cancel()
 
     async def _deliver(self, delivery: Delivery, stop: asyncio.Event) -> None:
         event = parse_event(delivery.message.body, delivery.message.metadata)
@@ -59,16 +64,15 @@ class Subscription:
         return True
 
 
-async def _next(deliveries: AsyncIterator[Delivery], stop: asyncio.Event) -> Delivery | None:
-    """Wait for the next delivery or for `stop`, whichever is first."""
-    if stop.is_set():
+async def _next(deliveries: AsyncIterator[Delivery], stopping: "asyncio.Future[Any]") -> Delivery | None:
+    """Wait for the next delivery; None once `stopping` is done."""
+    if stopping.done():
         return None
     arriving = asyncio.ensure_future(anext(deliveries))
-    stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
         return arriving.result() if arriving.done() else None
     finally:
-        arriving.cancel()
-        stopping.cancel()
-        await asyncio.gather(arriving, stopping, return_exceptions=True)
+        if not arriving.done():
+            arriving.cancel()
+            await asyncio.gather(arriving, return_exceptions=True)
