@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -185,6 +186,51 @@ async def test_a_subscription_outlives_its_server(server: PrivateServer) -> None
         after = await waiting
 
     assert (before.message.body, after.message.body) == (b"before", b"after")
+
+
+async def test_an_entry_whose_answer_was_lost_on_the_way_is_asked_for_again(redis_url: str) -> None:
+    """The server has counted it as read by this member, which never saw it."""
+    async with (
+        cutting_proxy(redis_url) as (proxied_url, cut_answers_with),
+        redis_broker(redis_url) as publisher,
+        redis_broker(proxied_url) as broker,
+        broker.subscribe("t", "g") as deliveries,
+    ):
+        cut_answers_with(b"lost on the way")
+        waiting = asyncio.ensure_future(next_of(deliveries))
+        await publisher.publish([Message("t", b"lost on the way")], LONG)
+
+        delivery = await waiting
+
+    assert (delivery.message.body, delivery.attempt) == (b"lost on the way", 1)
+
+
+@asynccontextmanager
+async def cutting_proxy(url: str) -> AsyncIterator[tuple[str, Callable[[bytes], None]]]:
+    """Stand before a server, and once close a connection in the place of handing on the answer that has a text."""
+    cuts: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+
+        async def pass_on_requests() -> None:
+            while data := await reader.read(65536):
+                upstream_writer.write(data)
+            upstream_writer.close()
+
+        async def pass_on_answers() -> None:
+            while data := await upstream_reader.read(65536):
+                if cuts and cuts[0] in data:
+                    cuts.clear()
+                    break
+                writer.write(data)
+            writer.close()
+
+        await asyncio.gather(pass_on_requests(), pass_on_answers(), return_exceptions=True)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        yield f"redis://127.0.0.1:{port}{urlsplit(url).path}", cuts.append
 
 
 # Groups

@@ -1,6 +1,7 @@
 """One connection to a Redis server: commands go out, replies come back in step. hiredis does the parsing."""
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -124,6 +125,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self.is_writable = True
+        _keep_alive(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         self._last_sign = self._loop.time()
@@ -165,6 +167,15 @@ class Connection(asyncio.Protocol):
             self._watchdog = self._loop.call_later(left, self._watch)
         else:
             self.abort(f"the server was silent for {self._read_timeout:g} s")
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the system find out about an idle connection that something on the way has dropped: a commit would be sent
+    into it, and its outcome unknown."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
 
 
 async def connect(

@@ -280,7 +280,9 @@ class Subscription:
             *("STREAMS", self._topic, start),
         )
         entries = _entries(reply)
-        await self._deliver(entries, await self._attempts(entries))
+        # The server has counted this reading, and the one whose answer did not arrive.
+        attempts = {id: count - 1 for id, count in (await self._attempts(entries)).items()}
+        await self._deliver(entries, attempts)
         self._own_from = entries[-1][0].decode() if entries else None
 
     async def _fill_with_new(self) -> None:
