@@ -50,7 +50,7 @@ async def _send_batch_rate(address: str) -> float:
     topic = f"bench-{uuid4().hex[:12]}"
     # The same guarantees and the same size of request, so that what differs is ours.
     producer: Any = AIOKafkaProducer(
-        bootstrap_servers=address, acks="all", enable_idempotence=True, max_batch_size=512 * 1024
+        bootstrap_servers=address, acks="all", enable_idempotence=True, max_batch_size=1_000_000
     )
     await producer.start()
     try:

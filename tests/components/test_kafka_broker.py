@@ -10,13 +10,19 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from statecast.clock import SystemClock
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.kafka.broker import KafkaBroker
+from statecast.components.broker.kafka.config import parse_config
+from statecast.components.broker.kafka.producer import Producer
+from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
 from statecast.errors import ComponentError
 from statecast.runtime.server import PrivateServer, ServerKind
+from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
+from statecast.runtime.server_processes import KAFKA_SETTINGS
 
 PATIENCE = 30.0
 SHORT = timedelta(seconds=1)
+AUTO_CREATE_VARIABLE = "KAFKA_AUTO_CREATE_TOPICS_ENABLE"
 
 
 def kafka_broker(address: str, **metadata: str) -> KafkaBroker:
@@ -91,6 +97,26 @@ async def test_each_poison_is_refused_alone_wherever_it_stands(
         expected = Published if place < limit else Refused if place == limit else Unreachable
         assert type(outcome) is expected, (place, message.key, outcome)
     assert_all_in_order(received, published)
+
+
+async def test_a_topic_that_the_server_does_not_make_is_refused_once_it_is_sure(
+    private_server: Callable[[ServerKind], PrivateServer], monkeypatch: pytest.MonkeyPatch, topic: str
+) -> None:
+    """A topic that is being made is unknown at first, too: a hasty publish is only told that it was not sent."""
+    for settings, name in ((KAFKA_SETTINGS, "auto.create.topics.enable"), (KAFKA_ENVIRONMENT, AUTO_CREATE_VARIABLE)):
+        monkeypatch.setitem(settings, name, "false")
+    server = private_server(ServerKind.KAFKA)
+    await make_topic(server.address, f"{topic}-known")
+    messages = [Message(topic, b"1", "a"), Message(f"{topic}-known", b"2", "a"), Message(topic, b"3", "b")]
+
+    async with kafka_broker(server.address) as broker:
+        await broker.publish([Message(f"{topic}-known", b"0")], LONG)
+        hasty = await broker.publish(messages, SHORT)
+        patient = await broker.publish(messages, LONG)
+
+    assert [type(outcome) for outcome in hasty] == [Unreachable, Published, Unreachable]
+    assert [isinstance(outcome, Refused) and outcome.is_about_topic for outcome in patient] == [True, False, True]
+    assert patient[1] == Published()
 
 
 async def test_small_messages_pass_where_the_topic_takes_only_small_batches(kafka_bootstrap: str, topic: str) -> None:
@@ -284,6 +310,42 @@ async def test_a_thawed_broker_goes_on_and_repeats_only_what_was_unknown(
     assert [body for body in bodies if body != b"unknown"] == [b"first", b"last"]
 
 
+async def test_what_waited_behind_a_request_is_never_sent_once_it_was_given_up(
+    private_server: Callable[[ServerKind], PrivateServer], topic: str
+) -> None:
+    """Unreachable is a proof: the driver's own sender would go on by itself when the broker answers again."""
+    server = private_server(ServerKind.KAFKA)
+    await make_topic(server.address, topic, partitions=2)
+    config = parse_config(Component(name="pubsub", type="pubsub.kafka", metadata={"brokers": server.address}), "orders")
+    producer = Producer(config)
+    await producer.start()
+    await producer.partitions(topic, PATIENCE)
+    async with kafka_broker(server.address, initialOffset="oldest") as broker:
+        server.freeze()
+        sendings = [producer.prepare([encode(0, Message(topic, b"%d" % n))], topic, n) for n in range(2)]
+        tasks = []
+        for sending in sendings:
+            tasks.append(asyncio.ensure_future(producer.send(sending)))
+            async with asyncio.timeout(PATIENCE):
+                while not sendings[0].was_sent:  # noqa: ASYNC110  # the driver has no event for it
+                    await asyncio.sleep(0.01)
+        await asyncio.wait(tasks, timeout=0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        server.thaw()
+        async with broker.subscribe(topic, "group") as deliveries, asyncio.timeout(PATIENCE):
+            bodies = [(await anext(deliveries)).message.body]
+            await broker.publish([Message(topic, b"last %d" % n, f"key-{n}") for n in range(10)], LONG)
+            while len(bodies) < 11:
+                bodies.append((await anext(deliveries)).message.body)
+    await producer.close()
+
+    assert [sending.was_sent for sending in sendings] == [True, False]
+    assert bodies[0] == b"0"
+    assert b"1" not in bodies
+
+
 async def test_a_killed_broker_that_comes_back_has_all_that_was_published(
     private_server: Callable[[ServerKind], PrivateServer], topic: str
 ) -> None:
@@ -325,6 +387,7 @@ async def test_a_killed_broker_that_comes_back_has_all_that_was_published(
         ({"brokers": "a:1", "producerRequiredAcks": "local"}, "producerRequiredAcks must be all"),
         ({"brokers": "a:1", "heartbeatInterval": "20s"}, "heartbeatInterval must be shorter than sessionTimeout"),
         ({"brokers": "a:1", "caCert": "/etc/ca.pem"}, "caCert takes a certificate in PEM"),
+        ({"brokers": "a:1", "compression": "brotli"}, "compression takes one of none, gzip"),
     ],
 )
 def test_metadata_that_cannot_work_is_an_error_that_names_the_field(metadata: dict[str, str], complaint: str) -> None:

@@ -6,10 +6,14 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
+from aiokafka import codec
+
 from statecast.components.manifest import Component
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
 
 DEFAULT_MESSAGE_BYTES = 1024 * 1024
+
+_COMPRESSIONS = {"gzip": codec.has_gzip, "snappy": codec.has_snappy, "lz4": codec.has_lz4, "zstd": codec.has_zstd}
 
 # dapr components-contrib common/component/kafka/metadata.go, auth.go
 _UNSUPPORTED = (
@@ -151,7 +155,11 @@ def _initial_offset(reader: MetadataReader) -> InitialOffset:
 
 def _compression(reader: MetadataReader) -> str | None:
     name = reader.choice("compression", ["none", "gzip", "snappy", "lz4", "zstd"], default="none")
-    return None if name == "none" else name
+    if name == "none":
+        return None
+    if not _COMPRESSIONS[name]():
+        raise reader.error("compression", f"needs a package of its own: pip install 'aiokafka[{name}]'")
+    return name
 
 
 def _milliseconds(reader: MetadataReader, name: str, default: timedelta) -> timedelta:
@@ -160,6 +168,10 @@ def _milliseconds(reader: MetadataReader, name: str, default: timedelta) -> time
 
 def _ca_certificate(reader: MetadataReader) -> str | None:
     text = reader.text("caCert")
-    if text is not None and "-----BEGIN CERTIFICATE-----" not in text:
-        raise reader.error("caCert", "takes a certificate in PEM")
+    if text is None:
+        return None
+    try:
+        ssl.create_default_context(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise reader.error("caCert", "takes a certificate in PEM") from error
     return text

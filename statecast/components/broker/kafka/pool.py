@@ -53,12 +53,10 @@ class ProducerPool:
         for opening in self._openings:
             opening.cancel()
         self._fail_waiters(SendFailed("the broker is closed"))
-        while self._idle:
-            self._close(self._idle.pop())
-        if tasks := self._openings | self._closings:
-            await asyncio.wait(tasks)
-        while self._idle:
-            await self._idle.pop().close()
+        while self._idle or self._openings or self._closings:
+            while self._idle:
+                self._close(self._idle.pop())
+            await asyncio.wait(self._openings | self._closings)
 
     async def _wait_for_one(self) -> Producer:
         waiter: asyncio.Future[Producer] = asyncio.get_running_loop().create_future()
@@ -86,12 +84,16 @@ class ProducerPool:
         producer = self._make_producer()
         try:
             await producer.start()
-        except SendFailed as error:
-            self._close(producer)
-            self._fail_waiters(error)
         except asyncio.CancelledError:
             self._close(producer)
             raise
+        except SendFailed as error:
+            self._close(producer)
+            self._fail_waiters(error)
+        except Exception as error:
+            logger.exception("opening a producer of Kafka failed")
+            self._close(producer)
+            self._fail_waiters(SendFailed(repr(error)))
         else:
             self._hand_on(producer)
 

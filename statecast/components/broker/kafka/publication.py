@@ -14,7 +14,9 @@ from statecast.components.broker.kafka.producer import MessageRefused, Producer,
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
 from statecast.components.broker.kafka.records import Record, encode
 
-BATCH_BYTES = 512 * 1024
+BATCH_BYTES = 1_000_000
+"""A little less than the 1,048,588 bytes that a topic takes unless it says otherwise."""
+
 SMALLEST_BATCH_BYTES = 1024
 
 UNKNOWN_TOPIC_SECONDS = 2.0

@@ -18,7 +18,8 @@ _OVERHEAD_BYTES = 36
 """The most that one record takes besides its key, value and headers: lengths, attributes and deltas as varints."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen: setting the fields of a frozen one takes as long as all the rest of `encode`.
+@dataclass(slots=True, eq=False)
 class Record:
     """One message of a publish, encoded. `index` is its place in the call."""
 

@@ -214,17 +214,19 @@ class Subscription:
 
     async def _read(self) -> None:
         while True:
-            await self._has_room.wait()
-            if self._failure is not None:
-                await self._start_anew(self._failure)
             try:
-                fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
-            except KafkaError as error:
-                logger.warning("reading topic %r of Kafka: %s", self._topic, error)
+                await self._read_some()
+            except Exception:
+                logger.exception("reading topic %r of Kafka failed, and goes on", self._topic)
                 await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            for where, records in fetched.items():
-                self._take_in(where, records)
+
+    async def _read_some(self) -> None:
+        await self._has_room.wait()
+        if self._failure is not None:
+            await self._start_anew(self._failure)
+        fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
+        for where, records in fetched.items():
+            self._take_in(where, records)
 
     async def _start_anew(self, failure: Exception) -> None:
         logger.warning("joining group %r of Kafka again: %s", self._group, failure or type(failure).__name__)
