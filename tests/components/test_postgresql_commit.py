@@ -313,6 +313,22 @@ async def is_waiting_for_a_lock(connection: asyncpg.Connection) -> bool:
     return bool(await connection.fetchval(query))
 
 
+async def test_of_two_commits_that_each_need_absent_what_the_other_writes_one_is_refused(
+    store: PostgresqlStateStore,
+) -> None:
+    """It fails when absent keys are not locked (tried): there is no row that one could wait for."""
+    applied: list[object] = []
+    for number in range(100):
+        here, there = f"orders||{number}-a", f"orders||{number}-b"
+        applied += await asyncio.gather(
+            store.transact(commit(Check(here, None), Upsert(there, b"1"))),
+            store.transact(commit(Check(there, None), Upsert(here, b"1"))),
+            return_exceptions=True,
+        )
+
+    assert sum(isinstance(answer, ETagMismatch) for answer in applied) == 100
+
+
 async def test_an_expired_mark_counts_as_unset_and_a_value_expires_by_the_databases_clock(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:

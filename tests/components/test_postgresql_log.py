@@ -86,6 +86,7 @@ async def test_what_commits_late_with_an_early_id_is_read_behind_what_came_in_be
 async def test_a_read_in_small_steps_keeps_its_snapshot_until_all_of_it_is_given(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
+    """It fails when every step takes a snapshot of its own (tried): the late event is then behind `after` for ever."""
     leases = await store.log.acquire("relay", 16, HOUR)
     transaction = admin.transaction()
     await transaction.start()
@@ -165,7 +166,7 @@ async def test_provoking_writers_and_relays_that_freeze_and_die_lose_nothing_and
     admin: asyncpg.Connection,
     postgresql_url: str,
 ) -> None:
-    """It fails when a read takes a fresh snapshot in the middle, or goes by ids alone: both were tried."""
+    """It fails when a position is an id instead of two snapshots (tried)."""
     keys, writers, steps = [f"orders||{number}" for number in range(24)], 6, 60
     total = writers * steps
     chance = random.Random(7)
