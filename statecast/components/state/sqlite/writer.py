@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
@@ -31,13 +30,15 @@ GROUP_SIZE: Final = 512
 """A group takes no more ticks of the loop once it has so many jobs."""
 CANCELLED_WAIT: Final = 2.0
 
-# Who commits without a pause keeps every other process out, since SQLite hands its lock to whoever asks next.
-_STRETCH: Final = 0.020
-_PAUSE: Final = 0.001
+# Who commits without a pause keeps every other process out: SQLite hands its lock to whoever happens to ask.
+STRETCH: Final = 0.020
+ROOM: Final = 0.001
 
 
 class _Entry:
-    __slots__ = ("announces", "future", "is_taken", "is_withdrawn", "job", "settled", "since")
+    """One job with its waiter. What the thread leaves in `value` or `error` the loop reads once it is delivered."""
+
+    __slots__ = ("announces", "error", "future", "is_taken", "is_withdrawn", "job", "settled", "since", "value")
 
     def __init__(self, job: Job[Any], future: asyncio.Future[Any], announces: bool, since: float) -> None:
         self.job = job
@@ -47,13 +48,8 @@ class _Entry:
         self.is_taken = False
         self.is_withdrawn = False
         self.settled: asyncio.Future[None] | None = None
-
-
-@dataclass(slots=True)
-class _Outcome:
-    entry: _Entry
-    value: Any = None
-    error: Exception | None = None
+        self.value: Any = None
+        self.error: Exception | None = None
 
 
 class Writer:
@@ -78,8 +74,9 @@ class Writer:
         self._watchdog: asyncio.TimerHandle | None = None
         self._is_open = False
         self._is_ending = False
-        self._paused_at = 0.0
-        self._idle_since = 0.0
+        self._stretch_began = 0.0
+        self._freed_at = 0.0
+        self._free = 0.0
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -168,48 +165,47 @@ class Writer:
             if due > now:
                 self._watchdog = self._loop.call_at(due, self._expire)
                 return
-            self._settle(_Outcome(entry, error=self._overdue(entry)))
+            self._settle(entry, self._overdue(entry))
 
     def _answer_all(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
         for entry in list(self._pending):
-            self._settle(_Outcome(entry, error=self._overdue(entry)))
+            self._settle(entry, self._overdue(entry))
 
     def _overdue(self, entry: _Entry) -> Exception:
         if self._withdraw(entry):
             return StoreUnavailable(f"{self._location}: the commit did not get its turn in time")
         return OutcomeUnknown(f"{self._location}: the commit was not answered in time")
 
-    def _deliver(self, outcomes: list[_Outcome]) -> None:
+    def _deliver(self, group: list[_Entry]) -> None:
         is_news = False
-        for outcome in outcomes:
-            is_news = is_news or (outcome.entry.announces and outcome.error is None)
-            self._settle(outcome)
+        for entry in group:
+            self._settle(entry, entry.error)
+            is_news = is_news or (entry.announces and entry.error is None)
         if is_news:
             self._announce()
 
-    def _settle(self, outcome: _Outcome) -> None:
-        entry = outcome.entry
+    def _settle(self, entry: _Entry, error: Exception | None) -> None:
         self._pending.pop(entry, None)
         if entry.settled is not None and not entry.settled.done():
             entry.settled.set_result(None)
         if entry.future.done():
             return
-        if outcome.error is None:
-            entry.future.set_result(outcome.value)
+        if error is None:
+            entry.future.set_result(entry.value)
         else:
-            entry.future.set_exception(outcome.error)
+            entry.future.set_exception(error)
 
     # What follows runs in the thread.
 
     def _run(self) -> None:
         try:
             while not self._is_ending and (first := self._queue.get()) is not None:
-                self._pause_now_and_then()
+                self._leave_room()
                 self._tell(self._deliver, self._commit_next(first))
-                self._idle_since = time.monotonic()
+                self._freed_at = time.monotonic()
         finally:
             self._disconnect()
             self._tell(self._finish, None)
@@ -221,23 +217,33 @@ class Writer:
             # The loop was closed without closing the store: nobody is left to be told.
             self._is_ending = True
 
-    def _pause_now_and_then(self) -> None:
+    def _leave_room(self) -> None:
+        """Give other processes their turn: keep the lock free for a millisecond of every 20, all gaps together."""
         now = time.monotonic()
-        if now - self._idle_since >= _PAUSE:
-            self._paused_at = now
-        elif now - self._paused_at >= _STRETCH:
-            time.sleep(_PAUSE)
-            self._paused_at = time.monotonic()
+        self._free += now - self._freed_at
+        if now - self._stretch_began < STRETCH:
+            return
+        if self._free < ROOM:
+            time.sleep(ROOM - self._free)
+        self._stretch_began = time.monotonic()
+        self._free = 0.0
 
-    def _commit_next(self, first: list[_Entry]) -> list[_Outcome]:
+    def _commit_next(self, first: list[_Entry]) -> list[_Entry]:
         # Before the group is taken: who waits for another process to give the lock back can still be withdrawn.
         error = self._begin()
         group = self._take(first)
-        return self._commit(group) if error is None else self._rolled_back(group, error)
+        if error is None:
+            self._commit(group)
+        else:
+            self._undo(group, error)
+        return group
 
-    def _commit_alone(self, entry: _Entry) -> list[_Outcome]:
+    def _commit_alone(self, entry: _Entry) -> None:
         error = self._begin()
-        return self._commit([entry]) if error is None else self._rolled_back([entry], error)
+        if error is None:
+            self._commit([entry])
+        else:
+            self._undo([entry], error)
 
     def _begin(self) -> Exception | None:
         try:
@@ -260,41 +266,34 @@ class Writer:
                 entry.is_taken = True
         return group
 
-    def _commit(self, group: list[_Entry]) -> list[_Outcome]:
+    def _commit(self, group: list[_Entry]) -> None:
         connection = self._connection
         assert connection is not None
         try:
-            outcomes = [self._apply(connection, entry) for entry in group]
+            for entry in group:
+                _apply(connection, entry)
         except Exception as error:
-            return self._rolled_back(group, error)
+            self._undo(group, error)
+            return
         try:
             connection.execute("COMMIT")
         except (apsw.BusyError, apsw.FullError) as error:
-            return self._rolled_back(group, error)
+            self._undo(group, error)
         except apsw.Error as error:
             # The commit's last page may stand in the file although its fsync failed, and come back to life when the
             # file is next recovered. (When the file was busy or the disk full, that page was not written.)
             self._disconnect()
-            reason = f"{self._location}: the commit ended in: {error}"
-            return [_Outcome(entry, error=OutcomeUnknown(reason)) for entry in group]
-        return outcomes
+            for entry in group:
+                entry.error = OutcomeUnknown(f"{self._location}: the commit ended in: {error}")
 
-    def _apply(self, connection: apsw.Connection, entry: _Entry) -> _Outcome:
-        changes = connection.total_changes()
-        try:
-            return _Outcome(entry, entry.job(connection))
-        except StatecastError as refusal:
-            if connection.total_changes() != changes:
-                raise
-            # It refused before its first write, as commits do: nothing of it is there to be undone.
-            return _Outcome(entry, error=refusal)
-
-    def _rolled_back(self, group: list[_Entry], error: Exception) -> list[_Outcome]:
-        """Undo the transaction; what failed may be one job's own fault, so let each of several try by itself."""
+    def _undo(self, group: list[_Entry], error: Exception) -> None:
+        """Roll back; what failed may be one job's own fault, so let each of several try by itself."""
         self._roll_back(error)
-        if len(group) > 1 and not isinstance(error, ALL_ALIKE):
-            return [outcome for entry in group for outcome in self._commit_alone(entry)]
-        return [_Outcome(entry, error=refused(error, self._location)) for entry in group]
+        is_shared = len(group) == 1 or isinstance(error, ALL_ALIKE)
+        for entry in group:
+            entry.error = refused(error, self._location) if is_shared else None
+            if not is_shared:
+                self._commit_alone(entry)
 
     def _roll_back(self, error: Exception) -> None:
         if isinstance(error, BREAKING):
@@ -311,3 +310,14 @@ class Writer:
             # Closing writes the log back into the database, which a disk that fails will not let it do.
             with suppress(apsw.Error):
                 connection.close(True)
+
+
+def _apply(connection: apsw.Connection, entry: _Entry) -> None:
+    changes = connection.total_changes()
+    try:
+        entry.value = entry.job(connection)
+    except StatecastError as refusal:
+        if connection.total_changes() != changes:
+            raise
+        # It refused before its first write, as commits do: nothing of it is there to be undone.
+        entry.error = refusal
