@@ -139,6 +139,32 @@ async def test_a_message_over_the_components_limit_is_refused(kafka_bootstrap: s
     assert [type(outcome) for outcome in outcomes] == [Refused, Unreachable, Published]
 
 
+@pytest.mark.parametrize(
+    ("broken", "is_about_topic"),
+    [
+        (("", "a", {}), True),
+        (("t" * 300, "a", {}), True),
+        (("tøpic", "a", {}), True),
+        ((None, "\ud800", {}), False),
+        ((None, "a", {"note": "\udfff"}), False),
+        ((None, None, {"partitionKey": "\ud800"}), False),
+    ],
+    ids=["no topic", "long topic", "odd topic", "key", "header", "key in metadata"],
+)
+async def test_what_cannot_be_written_down_is_refused_alone(
+    kafka_bootstrap: str, topic: str, broken: tuple[str | None, str | None, dict[str, str]], is_about_topic: bool
+) -> None:
+    named, key, metadata = broken
+    message = Message(topic if named is None else named, b"1", key, metadata)
+
+    async with kafka_broker(kafka_bootstrap) as broker:
+        outcomes = await broker.publish([message, Message(topic, b"2", "b")], LONG)
+
+    assert [type(outcome) for outcome in outcomes] == [Refused, Published]
+    assert isinstance(outcomes[0], Refused)
+    assert outcomes[0].is_about_topic is is_about_topic
+
+
 async def test_a_compacted_topic_refuses_what_has_no_key_and_only_that(kafka_bootstrap: str, topic: str) -> None:
     await make_topic(kafka_bootstrap, topic, cleanup_policy="compact")
     messages = [Message(topic, b"1", "a"), Message(topic, b"2"), Message(topic, b"3", "b"), Message(topic, b"4", "a")]

@@ -12,15 +12,20 @@ from statecast.components.broker.broker import Message, Outcome, Published, Refu
 from statecast.components.broker.kafka.pool import ProducerPool
 from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, TopicRefused
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
-from statecast.components.broker.kafka.records import Record, encode
+from statecast.components.broker.kafka.records import Record, encode, key_of
 
 BATCH_BYTES = 1_000_000
 """A little less than the 1,048,588 bytes that a topic takes unless it says otherwise."""
 
 SMALLEST_BATCH_BYTES = 1024
 
+# Kafka's Topic.MAX_NAME_LENGTH
+LONGEST_TOPIC_NAME = 249
+
 UNKNOWN_TOPIC_SECONDS = 2.0
 """How long a topic may be unknown while the server may be making it."""
+
+MOST_UNKNOWN_TOPICS = 1_000
 
 _HELD_BACK = Unreachable("held back: an earlier message of its key was not published")
 _NOT_SENT = Unreachable("not sent in time")
@@ -32,6 +37,11 @@ class TopicMemory:
 
     batch_bytes: dict[str, int] = field(default_factory=dict)
     unknown_since: dict[str, float] = field(default_factory=dict)
+
+    def forget_some(self) -> None:
+        """Forget what is cheap to learn again, before made-up topic names fill the memory."""
+        if len(self.unknown_since) > MOST_UNKNOWN_TOPICS:
+            self.unknown_since.clear()
 
 
 class Publication:
@@ -69,16 +79,15 @@ class Publication:
         return None
 
     def _encode(self, messages: Sequence[Message], max_message_bytes: int) -> None:
-        broken: set[tuple[str, str]] = set()
+        broken: set[tuple[str, str | None]] = set()
         for index, message in enumerate(messages):
-            record = encode(index, message)
-            place = None if record.key is None else (record.topic, record.key)
-            if place in broken:
+            record = _encoded(index, message, max_message_bytes)
+            if isinstance(record, Refused):
+                self._outcomes[index] = record
+                if (key := key_of(message)) is not None:
+                    broken.add((message.topic, key))
+            elif broken and (record.topic, record.key) in broken:
                 self._outcomes[index] = _HELD_BACK
-            elif record.size > max_message_bytes:
-                self._outcomes[index] = Refused(f"{record.size} bytes; the limit is {max_message_bytes}")
-                if place is not None:
-                    broken.add(place)
             else:
                 self._unrouted[message.topic].append(record)
 
@@ -98,6 +107,7 @@ class Publication:
             partitions = await producer.partitions(topic, UNKNOWN_TOPIC_SECONDS + unknown_since - now)
         except TopicRefused as error:
             self._decide(self._unrouted.pop(topic), Refused(str(error), is_about_topic=True))
+            self._memory.forget_some()
             return True
         except SendFailed as error:
             self._decide(self._unrouted.pop(topic), Unreachable(str(error)))
@@ -168,6 +178,19 @@ class Publication:
     def _decide(self, records: Iterable[Record], outcome: Outcome) -> None:
         for record in records:
             self._outcomes[record.index] = outcome
+
+
+def _encoded(index: int, message: Message, max_message_bytes: int) -> Record | Refused:
+    """Encode the message, or refuse what the driver cannot write down or the component does not allow."""
+    if not (message.topic.isascii() and 0 < len(message.topic) <= LONGEST_TOPIC_NAME):
+        return Refused(f"{message.topic!r} is no name of a topic", is_about_topic=True)
+    try:
+        record = encode(index, message)
+    except UnicodeEncodeError as error:
+        return Refused(f"its key or metadata is not UTF-8: {error.reason}")
+    if record.size > max_message_bytes:
+        return Refused(f"the message takes {record.size} bytes; maxMessageBytes is {max_message_bytes}")
+    return record
 
 
 def _dealt_out(

@@ -32,12 +32,20 @@ class Record:
     size: int
 
 
+def key_of(message: Message) -> str | None:
+    """Tell the record's key: the message's own, or else the one that its metadata names, as with Dapr."""
+    if message.key is not None or not message.metadata:
+        return message.key
+    return next((message.metadata[name] for name in PARTITION_KEY_NAMES if name in message.metadata), None)
+
+
 def encode(index: int, message: Message) -> Record:
-    """Make the record. The key is the message's own, or else the one that its metadata names, as Dapr does."""
-    key = message.key
+    """Make the record.
+
+    Raises UnicodeEncodeError for text with a lone surrogate in it, which no UTF-8 is.
+    """
+    key = key_of(message)
     if message.metadata:
-        if key is None:
-            key = next((message.metadata[name] for name in PARTITION_KEY_NAMES if name in message.metadata), None)
         headers = [(name, value.encode()) for name, value in message.metadata.items() if name not in _NOT_HEADERS]
     else:
         headers = []
