@@ -26,8 +26,19 @@ from statecast.components.state.commit import (
 )
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, Refused
+from statecast.components.state.postgresql.config import QualifiedName
+from statecast.components.state.postgresql.migration import pending_statements
+from statecast.components.state.postgresql.schema import Layout
 from statecast.components.testing.deadline import until
-from statecast.errors import Duplicate, ETagMismatch, Fenced, InvalidRequest, OutcomeUnknown, StoreUnavailable
+from statecast.errors import (
+    ComponentError,
+    Duplicate,
+    ETagMismatch,
+    Fenced,
+    InvalidRequest,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
 from statecast.runtime.servers import PrivateServer, ServerKind
 
 HOUR = timedelta(hours=1)
@@ -478,6 +489,48 @@ async def test_a_role_that_may_not_create_uses_a_schema_that_is_current(
     assert await events(admin) == ["1"]
     await admin.execute(f"drop owned by {role}")
     await admin.execute(f"drop role {role}")
+
+
+async def test_a_role_that_may_not_create_is_told_so_and_another_can_run_the_statements_for_it(
+    postgresql_url: str, admin: asyncpg.Connection
+) -> None:
+    role = f"reader_{uuid4().hex}"
+    await admin.execute(f"create role {role} login")
+    as_role = urlsplit(postgresql_url)
+    url = as_role._replace(netloc=f"{role}@{as_role.hostname}:{as_role.port}").geturl()
+    with pytest.raises(ComponentError, match="permission denied"):
+        await store_on(url).__aenter__()
+
+    layout = Layout("public", "", QualifiedName("public", "dapr_metadata"))
+    async with admin.transaction():
+        for statement in await pending_statements(admin, layout, "orders", "statestore"):
+            await admin.execute(statement)
+    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
+    await admin.execute(f"grant usage on all sequences in schema public to {role}")
+
+    assert await pending_statements(admin, layout, "orders", "statestore") == []
+    async with store_on(url) as store:
+        await store.transact(commit(Upsert("orders||1", b"1"), event="1"))
+    await admin.execute(f"drop owned by {role}")
+    await admin.execute(f"drop role {role}")
+
+
+async def test_a_database_that_defaults_to_serializable_changes_nothing(
+    postgresql_url: str, admin: asyncpg.Connection
+) -> None:
+    await admin.execute(
+        "do $$ begin execute format("
+        "'alter database %I set default_transaction_isolation = serializable', current_database()); end $$"
+    )
+
+    async with store_on(postgresql_url) as store:
+        first = Upsert("orders||1", b"1", concurrency=Concurrency.FIRST_WRITE)
+        answers = await asyncio.gather(
+            *(store.transact(commit(first, event=str(number))) for number in range(8)), return_exceptions=True
+        )
+
+    assert sum(isinstance(answer, ETagMismatch) for answer in answers) == 7
+    assert len(await events(admin)) == 1
 
 
 async def test_a_table_of_an_older_daprd_is_brought_up_to_date_with_its_rows(

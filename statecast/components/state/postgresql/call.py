@@ -30,6 +30,13 @@ from statecast.errors import Duplicate, ETagMismatch, Fenced, StatecastError
 _LONGEST_LIFE = timedelta(days=365 * 7_900).total_seconds()
 
 
+# The function unpacks every array that it is given, also those it does not look at.
+_NO_GUARDS = (None,) * 4
+_NO_CHANGES = (None,) * 7
+_NO_MARKS = (None,) * 3
+_NO_RECORDS = (None,) * 9
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """The commit was applied; `etags` are the answer to its operations."""
@@ -98,10 +105,10 @@ class CommitCall:
         return [
             len(self._commits),
             wait,
-            *self._guard_arguments(),
-            *self._change_arguments(),
-            *self._mark_arguments(),
-            *_record_arguments(records, slices),
+            *(self._guard_arguments() if self._guards else _NO_GUARDS),
+            *(self._change_arguments() if self._changes else _NO_CHANGES),
+            *(self._mark_arguments() if self._marks else _NO_MARKS),
+            *(_record_arguments(records, slices) if records else _NO_RECORDS),
         ]
 
     def outcomes(self, answers: Sequence[str | None]) -> list[Outcome]:

@@ -26,6 +26,8 @@ async def connect(config: PostgresqlConfig, *, application: str, timeout: float 
         server_settings={
             "application_name": application,
             "statement_timeout": str(statement_timeout),
+            # Each statement of the commit function must see what was committed while the one before it waited.
+            "default_transaction_isolation": "read committed",
             # A plan made while a table was small is kept for as long as the connection; it must not read it all.
             "enable_seqscan": "off",
             "jit": "off",

@@ -181,6 +181,8 @@ class Lanes:
 
     async def _perform(self, job: _Job[Any], session: Session | None) -> Session | None:
         """Do one job on `session`, or on a new connection where that is no good; return the one for the next job."""
+        if job.answer.done():
+            return session
         try:
             if session is None or not session.is_usable:
                 session = await self._open_session(job)

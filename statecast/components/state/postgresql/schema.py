@@ -222,8 +222,8 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
     one text for each commit: null for applied, else why nothing of it was: `fenced <i>`, `etag <i>`, `duplicate
     <i>` with the number of the guard, operation or mark among those of this call, or `busy`. Guards come sorted by
     type and id, operations by the UTF-8 bytes of their key, marks by digest, events in their order; no guard, key
-    or mark comes twice. `o_kind` is u(psert), d(elete) or c(heck); `o_expected` an etag, `''` for absent, null for
-    no condition. Times to live are seconds.
+    or mark comes twice; arrays of what there is none of may be null. `o_kind` is u(psert), d(elete) or c(heck);
+    `o_expected` an etag, `''` for absent, null for no condition. Times to live are seconds.
 
     With `wait` a commit waits for those that hold its claims, keys and marks; without, it is `busy` where it would
     have to, for then it has neighbours that should not wait with it. A first write that another program's write
@@ -240,82 +240,73 @@ create or replace function {layout.commit(log)}(
 ) returns text[] language plpgsql as $function$
 declare
   refusal text[] := array_fill(null::text, array[n]);
-  has_first_writes boolean := '' = any (o_expected);
-  part record;
+  guards constant integer := coalesce(cardinality(g_commit), 0);
+  operations constant integer := coalesce(cardinality(o_commit), 0);
+  marks constant integer := coalesce(cardinality(m_commit), 0);
+  events constant integer := coalesce(cardinality(e_commit), 0);
+  nothing text;
   found_etag text;
   found_expiry timestamptz;
-  first_writes integer;
-  written integer;
   lock_timeout text;
 begin
   -- As an attribute of the function the setting would end with it, before the commit.
   if current_setting('synchronous_commit') = 'off' then
-    perform set_config('synchronous_commit', 'on', true);
+    nothing := set_config('synchronous_commit', 'on', true);
   end if;
 
   -- More than {_MOST_KEY_LOCKS} locks of keys might not fit into the server's lock table: a larger commit is alone.
-  if cardinality(o_key) <= {_MOST_KEY_LOCKS} then
+  -- (Assigning is much cheaper than PERFORM, which runs a query.)
+  if operations > {_MOST_KEY_LOCKS} then
+    if not wait then return array_fill('busy'::text, array[n]); end if;
+    lock_timeout := current_setting('lock_timeout');
+    -- Those behind us wait with us for those before us, so not for long.
+    nothing := set_config('lock_timeout', '{_GATE_PATIENCE}', true);
+    nothing := pg_advisory_xact_lock({_GATES}, {gate});
+    nothing := set_config('lock_timeout', lock_timeout, true);
+  elsif operations > 0 then
     if wait then
-      perform pg_advisory_xact_lock_shared({_GATES}, {gate});
+      nothing := pg_advisory_xact_lock_shared({_GATES}, {gate});
     elsif not pg_try_advisory_xact_lock_shared({_GATES}, {gate}) then
       return array_fill('busy'::text, array[n]);
     end if;
-  elsif wait then
-    lock_timeout := current_setting('lock_timeout');
-    -- Those behind us wait with us for those before us, so not for long.
-    perform set_config('lock_timeout', '{_GATE_PATIENCE}', true);
-    perform pg_advisory_xact_lock({_GATES}, {gate});
-    perform set_config('lock_timeout', lock_timeout, true);
-  else
-    return array_fill('busy'::text, array[n]);
   end if;
 
-  if cardinality(g_commit) > 0 then
-    for part in
-      select * from unnest(g_commit, g_type, g_id, g_token) with ordinality as g(commit, type, id, token, number)
-    loop
-      continue when refusal[part.commit] is not null;
-      if wait then
-        perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
-          and c.type = part.type and c.id = part.id and c.token = part.token for update;
-      else
-        perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
-          and c.type = part.type and c.id = part.id and c.token = part.token for update skip locked;
-      end if;
-      if not found then
-        refusal[part.commit] := case when wait then 'fenced ' || part.number else 'busy' end;
-      end if;
-    end loop;
-    if cardinality(m_commit) = 0 and array_position(refusal, null) is null then return refusal; end if;
-  end if;
+  for i in 1 .. guards loop
+    continue when refusal[g_commit[i]] is not null;
+    if wait then
+      perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
+        and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i] for update;
+    else
+      perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
+        and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i] for update skip locked;
+    end if;
+    if not found then
+      refusal[g_commit[i]] := case when wait then 'fenced ' || i else 'busy' end;
+    end if;
+  end loop;
 
   -- A key that is absent has no row to lock, so every key has a lock of its own.
-  if cardinality(o_key) > {_MOST_KEY_LOCKS} then
-    null;
-  elsif wait then
-    perform pg_advisory_xact_lock({_KEY_LOCKS}, lock)
-      from (select hashtext(key) as lock from unnest(o_key) as key order by 1) as locks;
-  else
-    for part in select o.commit, hashtext(o.key) as lock from unnest(o_commit, o_key) as o(commit, key) order by 2 loop
-      if refusal[part.commit] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, part.lock) then
-        refusal[part.commit] := 'busy';
+  if operations <= {_MOST_KEY_LOCKS} then
+    for i in 1 .. operations loop
+      if wait then
+        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i]));
+      elsif refusal[o_commit[i]] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i])) then
+        refusal[o_commit[i]] := 'busy';
       end if;
     end loop;
   end if;
 
   if not wait or array_remove(o_expected, null) <> '{{}}' then
-    for part in
-      select * from unnest(o_commit, o_key, o_expected) with ordinality as o(commit, key, expected, number)
-    loop
-      continue when refusal[part.commit] is not null;
+    for i in 1 .. operations loop
+      continue when refusal[o_commit[i]] is not null;
       if wait then
         select etag::text, expires_at into found_etag, found_expiry
-          from {layout.state} where key = part.key for update;
+          from {layout.state} where key = o_key[i] for update;
       else
         select etag::text, expires_at into found_etag, found_expiry
-          from {layout.state} where key = part.key for update skip locked;
-        if not found and exists (select from {layout.state} where key = part.key) then
-          refusal[part.commit] := 'busy';
+          from {layout.state} where key = o_key[i] for update skip locked;
+        if not found and exists (select from {layout.state} where key = o_key[i]) then
+          refusal[o_commit[i]] := 'busy';
           continue;
         end if;
       end if;
@@ -323,92 +314,72 @@ begin
       if found_expiry <= clock_timestamp() then
         found_etag := null;
       end if;
-      if part.expected = '' and found_etag is not null
-        or part.expected <> '' and found_etag is distinct from part.expected
+      if o_expected[i] = '' and found_etag is not null
+        or o_expected[i] <> '' and found_etag is distinct from o_expected[i]
       then
-        refusal[part.commit] := 'etag ' || part.number;
+        refusal[o_commit[i]] := 'etag ' || i;
       end if;
     end loop;
-    if cardinality(m_commit) = 0 and array_position(refusal, null) is null then return refusal; end if;
   end if;
 
   -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
   -- application that has moved its etags.
-  if cardinality(m_commit) > 0 then
-    if wait then
-      perform pg_advisory_xact_lock({_MARK_LOCKS}, lock)
-        from (select hashtext(encode(digest, 'hex')) as lock from unnest(m_digest) as digest order by 1) as locks;
-    end if;
-    for part in select * from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number) loop
-      continue when refusal[part.commit] = 'busy';
-      if wait then
-        select expires_at into found_expiry from {layout.marks} where digest = part.digest;
-      elsif pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(part.digest, 'hex'))) then
-        select expires_at into found_expiry from {layout.marks} where digest = part.digest for update skip locked;
-        if not found and exists (select from {layout.marks} where digest = part.digest) then
-          refusal[part.commit] := 'busy';
-        end if;
-      else
-        found_expiry := null;
-        refusal[part.commit] := 'busy';
-      end if;
-      if found_expiry > clock_timestamp() then
-        refusal[part.commit] := 'duplicate ' || part.number;
-      end if;
+  if wait then
+    for i in 1 .. marks loop
+      nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
     end loop;
-    if array_position(refusal, null) is null then return refusal; end if;
   end if;
+  for i in 1 .. marks loop
+    continue when refusal[m_commit[i]] = 'busy';
+    if wait then
+      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i];
+    elsif pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex'))) then
+      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i] for update skip locked;
+      if not found and exists (select from {layout.marks} where digest = m_digest[i]) then
+        refusal[m_commit[i]] := 'busy';
+      end if;
+    else
+      found_expiry := null;
+      refusal[m_commit[i]] := 'busy';
+    end if;
+    if found_expiry > clock_timestamp() then
+      refusal[m_commit[i]] := 'duplicate ' || i;
+    end if;
+  end loop;
 
   -- All is decided; what follows is written for the commits without a refusal.
-  if 'u' = any (o_kind) then
-    insert into {layout.state} as t (key, value, etag, expires_at)
-      select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
-      from unnest(o_commit, o_kind, o_key, o_value, o_expected, o_ttl, o_etag)
-        as o(commit, kind, key, value, expected, ttl, etag)
-      where o.kind = 'u' and o.expected is distinct from '' and refusal[o.commit] is null
-    on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
-      updated_at = clock_timestamp();
-  end if;
-  if has_first_writes then
-    insert into {layout.state} as t (key, value, etag, expires_at)
-      select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
-      from unnest(o_commit, o_kind, o_key, o_value, o_expected, o_ttl, o_etag)
-        as o(commit, kind, key, value, expected, ttl, etag)
-      where o.kind = 'u' and o.expected = '' and refusal[o.commit] is null
-    on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
-      updated_at = clock_timestamp()
-      where t.expires_at <= clock_timestamp();
-    get diagnostics written = row_count;
-    select count(*) into first_writes from unnest(o_commit, o_kind, o_expected) as o(commit, kind, expected)
-      where o.kind = 'u' and o.expected = '' and refusal[o.commit] is null;
-    if written < first_writes then
-      raise exception using errcode = 'SC001', message = 'another program wrote a key that was to be written first';
+  for i in 1 .. operations loop
+    continue when refusal[o_commit[i]] is not null;
+    if o_kind[i] = 'u' then
+      insert into {layout.state} as t (key, value, etag, expires_at)
+        values (o_key[i], o_value[i], o_etag[i], clock_timestamp() + make_interval(secs => o_ttl[i]))
+      on conflict (key) do update set value = excluded.value, etag = excluded.etag,
+        expires_at = excluded.expires_at, updated_at = clock_timestamp()
+        where o_expected[i] is distinct from '' or t.expires_at <= clock_timestamp();
+      if not found then
+        raise exception using errcode = 'SC001', message = 'another program wrote a key that was to be written first';
+      end if;
+    elsif o_kind[i] = 'd' then
+      delete from {layout.state} where key = o_key[i];
     end if;
-  end if;
-  if 'd' = any (o_kind) then
-    delete from {layout.state} where key = any (array(
-      select o.key from unnest(o_commit, o_kind, o_key) as o(commit, kind, key)
-      where o.kind = 'd' and refusal[o.commit] is null));
-  end if;
-  if cardinality(m_commit) > 0 then
+  end loop;
+  for i in 1 .. marks loop
+    continue when refusal[m_commit[i]] is not null;
     insert into {layout.marks} (digest, expires_at)
-      select m.digest, clock_timestamp() + make_interval(secs => m.ttl)
-      from unnest(m_commit, m_digest, m_ttl) as m(commit, digest, ttl) where refusal[m.commit] is null
+      values (m_digest[i], clock_timestamp() + make_interval(secs => m_ttl[i]))
     on conflict (digest) do update set expires_at = excluded.expires_at;
-  end if;
-  if cardinality(g_commit) > 0 then
+  end loop;
+  for i in 1 .. guards loop
+    continue when refusal[g_commit[i]] is not null;
     update {layout.claims} c set commit_seq = commit_seq + 1
-      from unnest(g_commit, g_type, g_id) as g(commit, type, id)
-      where c.app_id = {_literal(app_id)} and c.type = g.type and c.id = g.id and refusal[g.commit] is null;
-  end if;
-  if cardinality(e_commit) > 0 then
+      where c.app_id = {_literal(app_id)} and c.type = g_type[i] and c.id = g_id[i];
+  end loop;
+  for i in 1 .. events loop
+    continue when refusal[e_commit[i]] is not null;
     insert into {layout.outbox(log)} (slice, order_key, event_id, format, pubsub, topic, metadata, body)
-      select e.slice, e.order_key, e.event_id, e.format, e.pubsub, e.topic, e.metadata::json, e.body
-      from unnest(e_commit, e_slice, e_order_key, e_event_id, e_format, e_pubsub, e_topic, e_metadata, e_body)
-        with ordinality as e(commit, slice, order_key, event_id, format, pubsub, topic, metadata, body, number)
-      where refusal[e.commit] is null
-      order by e.number;
-  end if;
+      values (e_slice[i], e_order_key[i], e_event_id[i], e_format[i], e_pubsub[i], e_topic[i],
+        e_metadata[i]::json, e_body[i]);
+  end loop;
   return refusal;
 end
 $function$"""
