@@ -103,11 +103,11 @@ class Pipeline:
 
         Raises NotSent, Unanswered, ErrorReply.
         """
-        reply = await self.call(pack("EVALSHA", script.digest, *arguments))
+        packed = pack("EVALSHA", script.digest, *arguments)
+        reply = await self.call(packed)
         if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
-            # The digest was not known, so nothing was carried out. Both commands leave in one write, in this order.
-            self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
-            reply = await self.call(pack("EVALSHA", script.digest, *arguments))
+            self._teach(script)
+            reply = await self.call(packed)
         if type(reply) is ErrorReply:
             raise reply
         return reply
@@ -118,11 +118,16 @@ class Pipeline:
         packed = pack("EVALSHA", script.digest, *arguments)
         reply = await self._call_until(end, packed)
         if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
-            self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
+            self._teach(script)
             reply = await self._call_until(end, packed)
         if type(reply) is ErrorReply:
             raise reply
         return reply
+
+    def _teach(self, script: Script) -> None:
+        """Queue the loading of a script whose digest the server did not know, so that it has carried out nothing. The
+        call that is queued next leaves in the same write, behind it."""
+        self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
 
     async def _call_until(self, end: float, packed: bytes) -> Reply:
         command = self.submit(packed)
@@ -202,6 +207,3 @@ def _retrieve(reply: asyncio.Future[Reply]) -> None:
     """Look at an outcome that nobody else will, so that the event loop does not complain about it."""
     if reply.done() and not reply.cancelled():
         reply.exception()
-
-
-__all__ = ["ErrorReply", "NotSent", "Pipeline", "Script", "Unanswered", "pack"]

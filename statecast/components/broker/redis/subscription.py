@@ -127,10 +127,10 @@ class Subscription:
         return self
 
     async def __anext__(self) -> StreamDelivery:
-        while not self._fresh:
-            if self._left.is_set():
-                raise StopAsyncIteration
+        while not self._fresh and not self._left.is_set():
             await self._filled()
+        if self._left.is_set():
+            raise StopAsyncIteration
         delivery = self._fresh.popleft()
         self._held[delivery.id] = delivery
         return delivery

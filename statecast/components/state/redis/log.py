@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from statecast.clock import Clock
-from statecast.components.redis.connection import Command, ErrorReply, NotSent, Reply, Unanswered
-from statecast.components.redis.pipeline import Pipeline, pack
+from statecast.components.redis.connection import Command, ErrorReply, NotSent, Reply, Unanswered, pack
+from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import RedisSettings
 from statecast.components.state.log import DEFAULT_SLICES, Batch, Lease, LogEntry, SliceStatus
 from statecast.components.state.redis.database import Database
