@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -20,13 +20,14 @@ from statecast.errors import ComponentError, OutcomeUnknown, StoreUnavailable
 T = TypeVar("T")
 
 _WAL_SIZE_LIMIT = 64 * 1024 * 1024
+_CACHE_KIB = 16 * 1024
 
 
 class Database:
     def __init__(self, config: SqliteConfig) -> None:
         self._config = config
         self._writer: Writer | None = None
-        self._reader: apsw.Connection | None = None
+        self._reader: apsw.Cursor | None = None
         self._bell = asyncio.Event()
 
     @property
@@ -51,9 +52,9 @@ class Database:
         if writer is not None:
             await writer.close()
 
-    async def commit(self, job: Job[T], *, announces: bool = False) -> T:
+    def commit(self, job: Job[T], *, announces: bool = False) -> Awaitable[T]:
         """Run `job` in a transaction, as `Writer.run` says."""
-        return await self._require_open().run(job, announces=announces)
+        return self._require_open().run(job, announces=announces)
 
     async def write(self, job: Job[T]) -> T:
         """Run `job` in a transaction; for what may be repeated, so that an unknown outcome is StoreUnavailable too."""
@@ -62,7 +63,7 @@ class Database:
         except OutcomeUnknown as error:
             raise StoreUnavailable(str(error)) from error
 
-    async def read(self, query: Callable[[apsw.Connection], T]) -> T:
+    async def read(self, query: Job[T]) -> T:
         """Run `query` on what is committed: at once and in this thread where nothing can block it."""
         self._require_open()
         # Without a write-ahead log a reader waits for the writer: then it is better done between two commits.
@@ -88,19 +89,19 @@ class Database:
         bell, self._bell = self._bell, asyncio.Event()
         bell.set()
 
-    def _reading(self) -> apsw.Connection:
+    def _reading(self) -> apsw.Cursor:
         if self._reader is None:
             reader = apsw.Connection(self._config.uri, flags=_flags())
             self._set_pragmas(reader)
             reader.execute("PRAGMA query_only = 1")
-            self._reader = reader
+            self._reader = reader.cursor()
         return self._reader
 
     def _drop_reader(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None:
             with suppress(apsw.Error):
-                reader.close(True)
+                reader.connection.close(True)
 
     def _connect_writer(self) -> apsw.Connection:
         connection = apsw.Connection(self._config.uri, flags=_flags())
@@ -135,6 +136,7 @@ class Database:
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_SIZE_LIMIT}").fetchall()
 
     def _set_pragmas(self, connection: apsw.Connection) -> None:
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         # FULL: an acknowledged commit has been synced. NORMAL would lose the last ones with the power.
         connection.execute("PRAGMA synchronous = FULL")
         for name, value in self._config.pragmas:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
@@ -41,24 +42,24 @@ class SqliteOutboxLog:
         return self._log.slices
 
     async def heartbeat(self, owner: str, ttl: timedelta) -> int:
-        def beat(connection: apsw.Connection) -> int:
-            connection.execute(
+        def beat(cursor: apsw.Cursor) -> int:
+            cursor.execute(
                 """INSERT INTO statecast_relays (log, owner, expires_at) VALUES (?, ?, unixepoch('subsec') + ?)
                 ON CONFLICT DO UPDATE SET expires_at = excluded.expires_at""",
                 (self._log.number, owner, ttl.total_seconds()),
             )
-            connection.execute(
+            cursor.execute(
                 "DELETE FROM statecast_relays WHERE log = ? AND expires_at <= unixepoch('subsec') AND owner <> ?",
                 (self._log.number, owner),
             )
             count = "SELECT count(*) FROM statecast_relays WHERE log = ?"
-            return _number(connection.execute(count, (self._log.number,)))
+            return _number(cursor.execute(count, (self._log.number,)))
 
         return await self._database.write(beat)
 
     async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
-        def lease(connection: apsw.Connection) -> list[Lease]:
-            rows: list[Any] = connection.execute(
+        def lease(cursor: apsw.Cursor) -> list[Lease]:
+            rows: list[Any] = cursor.execute(
                 """UPDATE statecast_slices
                 SET owner = ?1, epoch = epoch + 1, expires_at = unixepoch('subsec') + ?2
                 WHERE log = ?3 AND slice IN (
@@ -77,43 +78,39 @@ class SqliteOutboxLog:
         if not positions:
             return Batch((), tuple(leases))
 
-        entries, reached = await self._database.read(
-            lambda connection: self._read_on(connection, positions, max(limit, 1))
-        )
+        entries, reached = await self._database.read(lambda cursor: self._read_on(cursor, positions, max(limit, 1)))
         moved = (replace(lease, position=str(max(int(lease.position), reached))) for lease in leases)
         return Batch(tuple(entries), tuple(moved))
 
-    def _read_on(self, connection: apsw.Connection, positions: Positions, limit: int) -> tuple[list[LogEntry], int]:
+    def _read_on(self, cursor: apsw.Cursor, positions: Positions, limit: int) -> tuple[list[LogEntry], int]:
         """Read in commit order over all slices; the second value is the id up to which that is everything."""
         # Asked before the rows, which show at least what was committed by then: so empty slices move on too.
-        reached = _number(connection.execute(f'SELECT ifnull(max(id), 0) FROM "{self._log.outbox}"'))
+        reached = _number(cursor.execute(f'SELECT ifnull(max(id), 0) FROM "{self._log.outbox}"'))
         condition, bindings = _behind(positions)
-        cursor = connection.execute(
-            f"""SELECT id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at
-            FROM "{self._log.outbox}" WHERE {condition} ORDER BY id LIMIT ?""",
-            (*bindings, limit),
-        )
+        statement = f"""SELECT id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at
+            FROM "{self._log.outbox}" WHERE {condition} ORDER BY id LIMIT ?"""
         entries: list[LogEntry] = []
         room = _READ_BYTES
-        for row in cursor:
-            id, entry = _entry(row)
-            entries.append(entry)
-            room -= len(entry.record.body)
-            if len(entries) == limit or room <= 0:
-                cursor.close()
-                return entries, id
-            reached = max(reached, id)
+        # A cursor of its own, closed where reading stops: one that is left halfway would keep the log from shrinking.
+        with closing(cursor.connection.execute(statement, (*bindings, limit))) as rows:
+            for row in rows:
+                id, entry = _entry(row)
+                entries.append(entry)
+                room -= len(entry.record.body)
+                if len(entries) == limit or room <= 0:
+                    return entries, id
+                reached = max(reached, id)
         return entries, reached
 
     async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
         statement = """UPDATE statecast_slices SET position = ?, expires_at = unixepoch('subsec') + ?
             WHERE log = ? AND slice = ? AND epoch = ? AND owner = ? RETURNING slice"""
 
-        def persist(connection: apsw.Connection) -> list[Lease]:
+        def persist(cursor: apsw.Cursor) -> list[Lease]:
             return [
                 lease
                 for lease in leases
-                if connection.execute(
+                if cursor.execute(
                     statement,
                     (
                         int(lease.position),
@@ -132,10 +129,10 @@ class SqliteOutboxLog:
         statement = """UPDATE statecast_slices SET position = ?, owner = NULL, expires_at = 0
             WHERE log = ? AND slice = ? AND epoch = ? AND owner = ?"""
 
-        def give_up(connection: apsw.Connection) -> None:
+        def give_up(cursor: apsw.Cursor) -> None:
             for lease in leases:
                 bindings = (int(lease.position), self._log.number, lease.slice, lease.epoch, lease.owner)
-                connection.execute(statement, bindings)
+                cursor.execute(statement, bindings)
 
         if leases:
             await self._database.write(give_up)
@@ -162,7 +159,7 @@ class SqliteOutboxLog:
             return False
         condition, bindings = _behind(positions)
         select = f'SELECT EXISTS (SELECT 1 FROM "{self._log.outbox}" WHERE {condition})'
-        return bool(await self._database.read(lambda connection: _number(connection.execute(select, bindings))))
+        return bool(await self._database.read(lambda cursor: _number(cursor.execute(select, bindings))))
 
     async def trim(self) -> None:
         passed = await self._database.read(self._persisted)
@@ -176,17 +173,17 @@ class SqliteOutboxLog:
             first = end
         self._trimmed = passed
 
-    def _persisted(self, connection: apsw.Connection) -> Positions:
+    def _persisted(self, cursor: apsw.Cursor) -> Positions:
         select = "SELECT slice, position FROM statecast_slices WHERE log = ?"
-        rows: list[Any] = connection.execute(select, (self._log.number,)).fetchall()
+        rows: list[Any] = cursor.execute(select, (self._log.number,)).fetchall()
         return dict(rows)
 
     async def _chunk_end(self, first: int, last: int) -> int | None:
         select = f"""SELECT max(id) FROM
             (SELECT id FROM "{self._log.outbox}" WHERE id > ? AND id <= ? ORDER BY id LIMIT {TRIM_CHUNK})"""
 
-        def query(connection: apsw.Connection) -> int | None:
-            rows: list[Any] = connection.execute(select, (first, last)).fetchall()
+        def query(cursor: apsw.Cursor) -> int | None:
+            rows: list[Any] = cursor.execute(select, (first, last)).fetchall()
             return cast(int | None, rows[0][0])
 
         return await self._database.read(query)
@@ -194,7 +191,7 @@ class SqliteOutboxLog:
     async def _delete_chunk(self, first: int, end: int, passed: Positions) -> None:
         cases, bindings = _cases(passed)
         statement = f'DELETE FROM "{self._log.outbox}" WHERE id > ? AND id <= ? AND id <= {cases}'
-        await self._database.write(lambda connection: connection.execute(statement, (first, end, *bindings)).fetchall())
+        await self._database.write(lambda cursor: cursor.execute(statement, (first, end, *bindings)).fetchall())
 
     async def status(self) -> list[SliceStatus]:
         select = f"""SELECT s.slice, iif(s.expires_at > unixepoch('subsec'), s.owner, NULL), s.epoch, s.position,
@@ -202,8 +199,8 @@ class SqliteOutboxLog:
             FROM statecast_slices s LEFT JOIN "{self._log.outbox}" o ON o.slice = s.slice AND o.id > s.position
             WHERE s.log = ? GROUP BY s.slice ORDER BY s.slice"""
 
-        def query(connection: apsw.Connection) -> list[Any]:
-            return connection.execute(select, (self._log.number,)).fetchall()
+        def query(cursor: apsw.Cursor) -> list[Any]:
+            return cursor.execute(select, (self._log.number,)).fetchall()
 
         return [
             SliceStatus(slice, owner, epoch, str(position), pending, None if oldest is None else utc(oldest))
@@ -241,8 +238,8 @@ def _cases(positions: Positions) -> tuple[str, tuple[int, ...]]:
     return f"CASE slice {branches} END", tuple(chain.from_iterable(positions.items()))
 
 
-def _data_version(connection: apsw.Connection) -> int:
-    return _number(connection.execute("PRAGMA data_version"))
+def _data_version(cursor: apsw.Cursor) -> int:
+    return _number(cursor.execute("PRAGMA data_version"))
 
 
 def _number(cursor: apsw.Cursor) -> int:

@@ -121,17 +121,17 @@ def migrate(connection: apsw.Connection, config: SqliteConfig) -> None:
             connection.execute("ROLLBACK")
 
 
-def register_log(connection: apsw.Connection, app_id: str, component: str) -> RegisteredLog:
+def register_log(cursor: apsw.Cursor, app_id: str, component: str) -> RegisteredLog:
     """Find the log of (app id, component), or make it; inside the caller's transaction."""
     select = "SELECT log, slices FROM statecast_registry WHERE app_id = ? AND component = ?"
     insert = "INSERT INTO statecast_registry (app_id, component, slices) VALUES (?, ?, ?) RETURNING log, slices"
-    rows: list[Any] = connection.execute(select, (app_id, component)).fetchall()
+    rows: list[Any] = cursor.execute(select, (app_id, component)).fetchall()
     if rows:
         return RegisteredLog(*rows[0])
-    inserted: list[Any] = connection.execute(insert, (app_id, component, DEFAULT_SLICES)).fetchall()
+    inserted: list[Any] = cursor.execute(insert, (app_id, component, DEFAULT_SLICES)).fetchall()
     log = RegisteredLog(*inserted[0])
-    connection.execute(_OUTBOX.format(outbox=log.outbox))
-    connection.executemany(
+    cursor.execute(_OUTBOX.format(outbox=log.outbox))
+    cursor.executemany(
         "INSERT INTO statecast_slices (log, slice) VALUES (?, ?)", [(log.number, slice) for slice in range(log.slices)]
     )
     return log

@@ -1,6 +1,7 @@
 """State on SQLite, in Dapr's table, with the outbox log and the actor claims in the same file."""
 
 from collections.abc import Sequence
+from random import Random
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ class SqliteStateStore:
 
     async def __aenter__(self) -> Self:
         await self._database.open()
+        # Seeded here from the system's chance: two processes that fork from one must not make the same etags.
+        self._random = Random()
         try:
             log = await self._database.write(self._register)
         except BaseException:
@@ -65,12 +68,12 @@ class SqliteStateStore:
         finally:
             await self._database.close()
 
-    def _register(self, connection: apsw.Connection) -> RegisteredLog:
-        return register_log(connection, self._app_id, self._component.name)
+    def _register(self, cursor: apsw.Cursor) -> RegisteredLog:
+        return register_log(cursor, self._app_id, self._component.name)
 
     async def get(self, key: str) -> Item | None:
-        def query(connection: apsw.Connection) -> Item | None:
-            rows: list[Any] = connection.execute(self._select_one, (key,)).fetchall()
+        def query(cursor: apsw.Cursor) -> Item | None:
+            rows: list[Any] = cursor.execute(self._select_one, (key,)).fetchall()
             return item_of(rows[0]) if rows else None
 
         return await self._database.read(query)
@@ -80,28 +83,28 @@ class SqliteStateStore:
         if not wanted:
             self._require_open()
             return []
-        rows = await self._database.read(lambda connection: self._select(connection, wanted))
+        rows = await self._database.read(lambda cursor: self._select(cursor, wanted))
         found = {row[0]: item_of(row) for row in rows}
         return [found.get(key) for key in keys]
 
-    def _select(self, connection: apsw.Connection, keys: list[str]) -> list[ItemRow]:
+    def _select(self, cursor: apsw.Cursor, keys: list[str]) -> list[ItemRow]:
         rows: list[ItemRow] = []
         # One snapshot for all statements; a savepoint, since the writer reads inside of its transaction.
-        connection.execute("SAVEPOINT reading")
+        cursor.execute("SAVEPOINT reading")
         try:
             for start in range(0, len(keys), _VARIABLE_LIMIT):
                 chunk = keys[start : start + _VARIABLE_LIMIT]
-                found: list[Any] = connection.execute(select_items(self._config.table, len(chunk)), chunk).fetchall()
+                found: list[Any] = cursor.execute(select_items(self._config.table, len(chunk)), chunk).fetchall()
                 rows += found
         finally:
-            connection.execute("RELEASE reading")
+            cursor.execute("RELEASE reading")
         return rows
 
     async def transact(self, commit: Commit) -> tuple[ETag | None, ...]:
         log, statements, _ = self._require_open()
         if not (commit.operations or commit.records or commit.marks or commit.guards):
             return ()
-        transaction = plan(commit, statements, self._app_id, log)
+        transaction = plan(commit, statements, self._app_id, log, self._random)
         return await self._database.commit(transaction, announces=bool(commit.records))
 
     def _require_open(self) -> tuple[RegisteredLog, Statements, SqliteOutboxLog]:

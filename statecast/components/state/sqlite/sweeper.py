@@ -48,9 +48,9 @@ class Sweeper:
                 pass
 
     async def _remove_chunk(self, statement: str) -> int:
-        def remove(connection: apsw.Connection) -> int:
-            connection.execute(statement)
-            return connection.changes()
+        def remove(cursor: apsw.Cursor) -> int:
+            cursor.execute(statement)
+            return cursor.connection.changes()
 
         return await self._database.write(remove)
 

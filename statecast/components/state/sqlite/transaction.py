@@ -1,10 +1,10 @@
 """A commit in SQL: planned on the event loop, where it costs the writer nothing, and applied in the writer's thread."""
 
-import os
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from random import Random
 from typing import TypeGuard
 
 import apsw
@@ -90,10 +90,10 @@ class Transaction:
     changes: Changes
     records: list[RecordRow]
 
-    def __call__(self, connection: apsw.Connection) -> tuple[ETag | None, ...]:
+    def __call__(self, cursor: apsw.Cursor) -> tuple[ETag | None, ...]:
         """Check everything, then write. Raises Duplicate, Fenced, ETagMismatch before the first write."""
-        self._check(connection)
-        execute = connection.execute
+        self._check(cursor)
+        execute = cursor.execute
         for mark in self.marks:
             execute(self.statements.set_mark, (self.log, mark.digest, mark.ttl.total_seconds()))
         for row in self.changes.upserts:
@@ -104,8 +104,8 @@ class Transaction:
             execute(self.statements.append, record)
         return self.changes.etags
 
-    def _check(self, connection: apsw.Connection) -> None:
-        execute = connection.execute
+    def _check(self, cursor: apsw.Cursor) -> None:
+        execute = cursor.execute
         for mark in self.marks:
             if execute(self.statements.find_mark, (self.log, mark.digest)).fetchall():
                 raise Duplicate(mark.digest)
@@ -120,7 +120,7 @@ class Transaction:
                 raise ETagMismatch(key, None if expected is ABSENT else expected)
 
 
-def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog) -> Transaction:
+def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog, random: Random) -> Transaction:
     """Turn a commit into rows. Raises InvalidRequest."""
     return Transaction(
         statements,
@@ -128,22 +128,22 @@ def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog
         log.number,
         commit.marks,
         commit.guards,
-        _changes(commit.operations),
+        _changes(commit.operations, random),
         [_record_row(record, log.slices) for record in commit.records],
     )
 
 
-def _changes(operations: tuple[Operation, ...]) -> Changes:
+def _changes(operations: tuple[Operation, ...], random: Random) -> Changes:
     if len(operations) == 1 and _is_plain(operations[0]):
         # By far the most frequent commit; the general way below comes to the same and takes 8 µs more.
-        row = _upsert_row(operations[0])
+        row = _upsert_row(operations[0], random)
         return Changes(upserts=[row], etags=(row[3],))
     try:
         changes = collapse(operations)
     except ETagMismatch as mismatch:
         # It is raised in its turn: a mark that is set already, or a guard, goes before it.
         return Changes(contradiction=mismatch)
-    upserts = [_upsert_row(change.write) for change in changes if isinstance(change.write, Upsert)]
+    upserts = [_upsert_row(change.write, random) for change in changes if isinstance(change.write, Upsert)]
     return Changes(
         conditions=[(change.key, change.expected) for change in changes if change.expected is not None],
         upserts=upserts,
@@ -156,9 +156,9 @@ def _is_plain(operation: Operation) -> TypeGuard[Upsert]:
     return isinstance(operation, Upsert) and not operation.etag and operation.concurrency is not Concurrency.FIRST_WRITE
 
 
-def _upsert_row(upsert: Upsert) -> UpsertRow:
+def _upsert_row(upsert: Upsert, random: Random) -> UpsertRow:
     modifier = None if upsert.ttl is None else _modifier(upsert.ttl)
-    return upsert.key, _text(upsert), upsert.is_binary, new_etag(), modifier
+    return upsert.key, _text(upsert), upsert.is_binary, new_etag(random), modifier
 
 
 def _text(upsert: Upsert) -> str:
@@ -188,8 +188,8 @@ def _record_row(record: OutboxRecord, slices: int) -> RecordRow:
     )
 
 
-def new_etag() -> ETag:
-    """Make a random UUID of version 4 as text, as Dapr does; `uuid.uuid4` takes three times as long."""
-    digits = os.urandom(16).hex()
+def new_etag(random: Random) -> ETag:
+    """Make a random UUID of version 4 as text, as Dapr does; `uuid.uuid4` takes five times as long."""
+    digits = f"{random.getrandbits(128):032x}"
     variant = "89ab"[int(digits[16], 16) & 3]
     return ETag(f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}")
