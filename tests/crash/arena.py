@@ -53,11 +53,13 @@ def sqlite_store(path: Path) -> Component:
 
 
 @asynccontextmanager
-async def redis_arena(store: Component, url: str, folder: Path) -> AsyncIterator[Arena]:
-    """Publish to Redis Streams."""
+async def redis_arena(
+    store: Component, url: str, folder: Path, *, publish_url: str | None = None
+) -> AsyncIterator[Arena]:
+    """Publish to Redis Streams, by way of `publish_url` if there is one."""
     client = Redis.from_url(url)
     try:
-        broker = Component(PUBSUB, "pubsub.redis", "v1", _redis_metadata(url))
+        broker = Component(PUBSUB, "pubsub.redis", "v1", _redis_metadata(publish_url or url))
         yield Arena(write_components(folder, store, broker, TOPIC), store, RedisTopic(client))
     finally:
         await client.aclose()

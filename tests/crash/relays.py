@@ -18,7 +18,7 @@ RELAYS = 3
 LEASE_SECONDS = 1.0
 PUBLISH_SECONDS = 0.4
 # Small batches leave positions in the midst of what a snapshot shows, large ones make long publishes to freeze in.
-BATCHES = (7, 60, 1000)
+BATCHES = (20, 100, 1000)
 
 
 class Provocation(Enum):
@@ -65,21 +65,23 @@ class Relays:
     async def provoke(self, random: Random, rounds: int) -> None:
         """Disturb the relays in so many rounds: of three, one kills, one freezes, and one freezes all.
 
-        When all are thawed there is much to publish at once, and in the midst of that another one freezes.
+        When all are thawed there is much to publish at once; in the midst of that one freezes again and one is killed.
         """
         async with asyncio.TaskGroup() as freezes:
             for provocation in _shuffled(random, rounds):
                 await asyncio.sleep(random.uniform(0.1, 0.5))
+                place = random.randrange(RELAYS)
                 match provocation:
-                    case Provocation.KILL:
-                        await self._replace(random.randrange(RELAYS), random.choice(BATCHES))
                     case Provocation.FREEZE:
-                        freezes.create_task(self._freeze(random.choice(self._working), _past_the_lease(random)))
+                        freezes.create_task(self._freeze(self._working[place], _past_the_lease(random)))
+                    case Provocation.KILL:
+                        await self._replace(place, random.choice(BATCHES))
                     case Provocation.FREEZE_ALL:
                         seconds = _past_the_lease(random)
                         await asyncio.gather(*(self._freeze(child, seconds) for child in self._working))
                         await asyncio.sleep(random.uniform(0, 0.1))
-                        freezes.create_task(self._freeze(random.choice(self._working), _past_the_lease(random)))
+                        freezes.create_task(self._freeze(self._working[place - 1], _past_the_lease(random)))
+                        await self._replace(place, random.choice(BATCHES))
 
     async def _freeze(self, child: Child, seconds: float) -> None:
         self.fury.freezes += 1
