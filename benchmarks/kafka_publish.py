@@ -18,7 +18,7 @@ from statecast.runtime.servers import Servers
 BODY = b"x" * 1024
 BATCH = 1_000
 BATCHES = 30
-ROUNDS = 3
+ROUNDS = 5
 
 
 async def measure() -> list[Ratio]:

@@ -75,21 +75,17 @@ class Subscription:
         self._is_assembled = asyncio.Event()
         self._failure: Exception | None = None
         self._closed = asyncio.Event()
+        self._opening: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         """Join, as often as it takes, and return once this member's partitions have a committed position."""
-        opening = asyncio.ensure_future(self._join())
-        closing = asyncio.ensure_future(self._closed.wait())
-        try:
-            await asyncio.wait([opening, closing], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (opening, closing):
-                task.cancel()
-            await asyncio.wait([opening, closing])
-        if not opening.cancelled():
-            opening.result()
-            self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._commit_regularly())]
+        self._opening = asyncio.ensure_future(self._join())
+        await asyncio.wait([self._opening])
+        if self._opening.cancelled() or self._closed.is_set():
+            return
+        self._opening.result()
+        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._commit_regularly())]
 
     async def close(self) -> None:
         """Commit what is acknowledged and leave the group, within seconds whatever Kafka does."""
@@ -97,10 +93,12 @@ class Subscription:
             return
         self._closed.set()
         self._has_changed.set()
-        for task in self._tasks:
+        # Nobody stops a consumer while it starts: the driver would go on starting, and never be stopped.
+        tasks = [*self._tasks, *([self._opening] if self._opening else [])]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         if self._consumer is not None:
             await self._leave(self._consumer)
 
@@ -135,13 +133,15 @@ class Subscription:
         await self._commit()
         self._resting.extend(self._waiting)
         self._waiting.clear()
+        self._update_room()
 
     async def take_over(self, assigned: Iterable[TopicPartition]) -> None:
         """Go on with the partitions that came back, begin with the new ones, forget the others."""
         before, self._partitions = self._partitions, {}
         try:
-            for where in assigned:
-                self._partitions[where] = await self._position(where, before.get(where))
+            async with asyncio.timeout(_STAND_SECONDS):
+                for where in assigned:
+                    self._partitions[where] = await self._position(where, before.get(where))
         except (KafkaError, TimeoutError) as error:
             # The driver would only log it. Without positions there is no member: a new one shall take its place.
             self._failure = error
@@ -179,7 +179,7 @@ class Subscription:
                     raise self._failure
             except (KafkaError, OSError, TimeoutError) as error:
                 logger.warning(
-                    "no subscription to topic %r of Kafka yet: %s", self._topic, error or type(error).__name__
+                    "no subscription to topic %r of Kafka yet: %s", self._topic, str(error) or type(error).__name__
                 )
                 await _stop(consumer)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -229,7 +229,7 @@ class Subscription:
             self._take_in(where, records)
 
     async def _start_anew(self, failure: Exception) -> None:
-        logger.warning("joining group %r of Kafka again: %s", self._group, failure or type(failure).__name__)
+        logger.warning("joining group %r of Kafka again: %s", self._group, str(failure) or type(failure).__name__)
         for partition in self._partitions.values():
             partition.is_ours = False
         await _stop(self._consumer)
@@ -279,7 +279,7 @@ class Subscription:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._consumer.commit(offsets)
         except (KafkaError, TimeoutError) as error:
-            logger.warning("committing topic %r of Kafka: %s", self._topic, error or type(error).__name__)
+            logger.warning("committing topic %r of Kafka: %s", self._topic, str(error) or type(error).__name__)
             self._is_dirty.set()
             return
         for partition in moved:
@@ -324,14 +324,14 @@ class _KafkaDelivery:
 
 
 async def _stop(consumer: Any) -> None:
-    """Leave the group; cut the connections where that takes longer than it may."""
+    """Leave the group; cut the connections, at the latest when leaving takes longer than it may."""
     stopping = asyncio.ensure_future(consumer.stop())
     await asyncio.wait([stopping], timeout=_LEAVE_SECONDS)
-    if not stopping.done():
-        await cut_off(consumer._client)
-        await asyncio.wait([stopping], timeout=_LEAVE_SECONDS)
+    # Also when it is done: an error on the way out leaves the driver's client open.
+    await cut_off(consumer._client)
+    await asyncio.wait([stopping], timeout=_LEAVE_SECONDS)
     if not stopping.done():
         stopping.cancel()
         await asyncio.wait([stopping])
     if not stopping.cancelled() and (error := stopping.exception()):
-        logger.debug("leaving a group of Kafka: %s", error)
+        logger.debug("leaving a group of Kafka: %r", error)
