@@ -6,6 +6,8 @@ Several commits may share a call if none of them has a key, mark or guard in com
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
+from typing import NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import orjson
@@ -25,6 +27,8 @@ from statecast.components.state.commit import (
 )
 from statecast.components.state.log import slice_of
 from statecast.errors import Duplicate, ETagMismatch, Fenced, StatecastError
+
+T = TypeVar("T")
 
 # Python's calendar ends with the year 9999, where PostgreSQL's goes on.
 _LONGEST_LIFE = timedelta(days=365 * 7_900).total_seconds()
@@ -59,42 +63,38 @@ class Busy:
 Outcome = Applied | Refused | Busy
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
+class _Change(NamedTuple):
+    key: str
     commit: int
     change: KeyChange
     etag: UUID | None
 
 
 class CommitCall:
-    """One call of the commit function for `commits`, which raises ETagMismatch for one that contradicts itself."""
+    """One call of the commit function for `commits`; raises ETagMismatch for one that contradicts itself."""
 
     __slots__ = ("_changes", "_commits", "_guards", "_marks", "_slices", "slices")
 
     def __init__(self, commits: Sequence[Commit], slices: int) -> None:
         self._commits = commits
         self._slices = slices
-        self._changes = sorted(
-            (
-                _Change(number, change, uuid4() if isinstance(change.write, Upsert) else None)
-                for number, commit in enumerate(commits, start=1)
-                for change in collapse(commit.operations)
-            ),
-            key=lambda each: each.change.key,
-        )
-        self._guards: list[tuple[int, Guard]] = sorted(
-            ((number, guard) for number, commit in enumerate(commits, start=1) for guard in set(commit.guards)),
-            key=lambda each: (each[1].type, each[1].id),
-        )
-        self._marks: list[tuple[int, Mark]] = sorted(
-            (
-                (number, mark)
-                for number, commit in enumerate(commits, start=1)
-                for mark in {mark.digest: mark for mark in commit.marks}.values()
-            ),
-            key=lambda each: each[1].digest,
-        )
+        self._changes: list[_Change] = []
+        self._guards: list[tuple[int, Guard]] = []
+        self._marks: list[tuple[int, Mark]] = []
         self.slices: frozenset[int] = frozenset()
+        for number, commit in enumerate(commits, start=1):
+            self._add(number, commit)
+        if len(commits) > 1:
+            self._changes.sort(key=_key)
+        self._guards.sort(key=lambda each: (each[1].type, each[1].id))
+        self._marks.sort(key=lambda each: each[1].digest)
+
+    def _add(self, number: int, commit: Commit) -> None:
+        for change in collapse(commit.operations):
+            etag = uuid4() if isinstance(change.write, Upsert) else None
+            self._changes.append(_Change(change.key, number, change, etag))
+        self._guards.extend((number, guard) for guard in set(commit.guards))
+        self._marks.extend((number, mark) for mark in {mark.digest: mark for mark in commit.marks}.values())
 
     def arguments(self, *, wait: bool) -> list[object]:
         records = [
@@ -125,10 +125,10 @@ class CommitCall:
         changes = self._changes
         yield [each.commit for each in changes]
         yield [_kind(each.change) for each in changes]
-        yield [each.change.key for each in changes]
+        yield [each.key for each in changes]
         yield [each.change.write.value if isinstance(each.change.write, Upsert) else None for each in changes]
-        yield [_expected(each.change) for each in changes]
-        yield [_seconds_to_live(each.change) for each in changes]
+        yield _unless_empty([_expected(each.change) for each in changes])
+        yield _unless_empty([_seconds_to_live(each.change) for each in changes])
         yield [each.etag for each in changes]
 
     def _mark_arguments(self) -> Iterable[object]:
@@ -139,7 +139,7 @@ class CommitCall:
     def _outcome(self, number: int, answer: str | None) -> Outcome:
         if answer is None:
             written = {
-                each.change.key: ETag(str(each.etag))
+                each.key: ETag(str(each.etag))
                 for each in self._changes
                 if each.commit == number and each.etag is not None
             }
@@ -173,6 +173,13 @@ def _record_arguments(records: Sequence[tuple[int, OutboxRecord]], slices: Seque
     yield [record.topic for _, record in records]
     yield [orjson.dumps(record.metadata).decode() for _, record in records]
     yield [record.body for _, record in records]
+
+
+_key = attrgetter("key")
+
+
+def _unless_empty(column: list[T | None]) -> list[T | None] | None:
+    return column if any(value is not None for value in column) else None
 
 
 def _kind(change: KeyChange) -> str:
