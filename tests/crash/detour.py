@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from random import Random
 from urllib.parse import urlsplit
 
@@ -10,8 +11,16 @@ _SECONDS = (0.005, 0.03)
 _CHUNK_BYTES = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """Once a sender's `text` has been passed on, nothing more is, though it stays connected: as if it froze then."""
+
+    text: bytes
+    are_spoken: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @asynccontextmanager
-async def detour(url: str, random: Random) -> AsyncIterator[str]:
+async def detour(url: str, random: Random, *, last_words: LastWords | None = None) -> AsyncIterator[str]:
     """Give the URL of the detour to `url`. What a sender has under way when it ends does not arrive."""
     parts = urlsplit(url)
     ways: set[asyncio.Task[None]] = set()
@@ -23,12 +32,13 @@ async def detour(url: str, random: Random) -> AsyncIterator[str]:
         way.add_done_callback(ways.discard)
         with suppress(ConnectionError, asyncio.CancelledError):
             there, back = await asyncio.open_connection(parts.hostname, parts.port)
-            await _join(reader, back, there, writer, random)
+            await _join(reader, back, there, writer, random, last_words)
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
-        yield parts._replace(netloc=f"127.0.0.1:{port}").geturl()
+        user, at, _ = parts.netloc.rpartition("@")
+        yield parts._replace(netloc=f"{user}{at}127.0.0.1:{port}").geturl()
     finally:
         server.close()
         for way in ways:
@@ -42,11 +52,12 @@ async def _join(
     server: asyncio.StreamReader,
     to_sender: asyncio.StreamWriter,
     random: Random,
+    last_words: LastWords | None,
 ) -> None:
     try:
         async with asyncio.TaskGroup() as group:
             answers = group.create_task(_pass_on(server, to_sender))
-            await _pass_on_slowly(sender, to_server, random)
+            await _pass_on_slowly(sender, to_server, random, last_words)
             answers.cancel()
     except* ConnectionError:
         pass
@@ -55,13 +66,18 @@ async def _join(
         to_sender.close()
 
 
-async def _pass_on_slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, random: Random) -> None:
+async def _pass_on_slowly(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, random: Random, last_words: LastWords | None
+) -> None:
     while chunk := await reader.read(_CHUNK_BYTES):
         await asyncio.sleep(random.uniform(*_SECONDS))
         if reader.at_eof():
             return
         writer.write(chunk)
         await writer.drain()
+        if last_words is not None and last_words.text in chunk:
+            last_words.are_spoken.set()
+            await asyncio.Event().wait()
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -130,18 +130,12 @@ class PostgresqlOutboxLog:
         if not await self._is_passed(session, partition):
             return
         try:
-            async with session.connection.transaction():
-                # A TRUNCATE that waits, for a dump say, makes everybody behind it wait as well.
-                await session.connection.execute("set local lock_timeout = '50ms'")
-                table = self._layout.partition(self._log.number, partition)
-                await session.connection.execute(f"lock table {table} in access exclusive mode")
-                if await self._is_passed(session, partition):
-                    await session.connection.execute(f"truncate {table}")
+            await session.connection.execute(self._sql.reclaim(partition))
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
             return
 
     async def _is_passed(self, session: Session, partition: int) -> bool:
-        (row,) = await session.read(self._sql.passed(partition), self._log.number)
+        (row,) = await session.read(self._sql.passed(partition))
         return bool(row["is_passed"])
 
 
@@ -209,7 +203,20 @@ class _Statements:
         return (
             "select coalesce((select xid from"
             f" {self._layout.partition(self._log, partition)} order by xid desc limit 1)"
-            f" < (select min(pg_snapshot_xmin(prev)) from {self._layout.slices} where log = $1), false) as is_passed"
+            f" < (select min(pg_snapshot_xmin(prev)) from {self._layout.slices} where log = {self._log}),"
+            " false) as is_passed"
+        )
+
+    def reclaim(self, partition: int) -> str:
+        """Empty the partition if it is passed, as one message and so one transaction: between two messages this
+        process might freeze, with a lock that nobody can read past."""
+        table = self._layout.partition(self._log, partition)
+        return (
+            # A TRUNCATE that waits, for a dump say, makes everybody behind it wait as well.
+            "set local lock_timeout = '50ms';"
+            # Before the first snapshot is taken, so that the look below sees all that was written until then.
+            f" lock table {table} in access exclusive mode;"
+            f" do $reclaim$ begin if ({self.passed(partition)}) then truncate {table}; end if; end $reclaim$"
         )
 
 
