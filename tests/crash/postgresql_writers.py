@@ -17,13 +17,14 @@ from statecast.components.state.commit import Commit, Operation
 from statecast.components.state.postgresql.call import Applied, CommitCall, Outcome
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.migration import find_layout
-from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, PARTITION_BITS, Layout
 from statecast.outbox.event import EventIds, EventSource
 from statecast.outbox.plan import Outbox, plan_commit
 from tests.crash.arena import APP, PUBSUB, STORE
 from tests.crash.ledger import Ledger, next_value
 
 _PREFIX = f"{APP}||"
+_PASS_TRANSACTIONS = "do $$ begin for number in 1..1000 loop perform pg_current_xact_id(); commit; end loop; end $$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,33 @@ async def _write(
     read = [await function.read(connection, key) for key in keys]
     values = [next_value(key, before, token) for key, (before, _) in zip(keys, read, strict=True)]
     return values if await function.write(connection, values, [etag for _, etag in read]) else []
+
+
+async def turn_the_ring(function: CommitFunction, url: str, stop: asyncio.Event) -> None:
+    """Leave one partition of the log after the other, as so many events would, until `stop` is set.
+
+    Transactions of others pass too: a slice without events moves on only once there were many.
+    """
+    layout, log = function.layout, function.log
+    ids, size = layout.outbox_ids(log), 1 << PARTITION_BITS
+    connection = await asyncpg.connect(url)
+    try:
+        while not stop.is_set():
+            await asyncio.sleep(0.4)
+            await connection.execute(_PASS_TRANSACTIONS)
+            await connection.execute(f"select setval('{ids}', last_value + {size}) from {ids}")
+    finally:
+        await connection.close(timeout=5)
+
+
+async def remaining_events(function: CommitFunction, url: str) -> int:
+    """Count what the log holds, after more transactions of others."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(_PASS_TRANSACTIONS)
+        return int(await connection.fetchval(f"select count(*) from {function.layout.outbox(function.log)}"))
+    finally:
+        await connection.close(timeout=5)
 
 
 class OpenCommit:
