@@ -14,7 +14,6 @@ from statecast.components.state.commit import (
     Commit,
     Concurrency,
     Consistency,
-    Delete,
     ETag,
     Item,
     Mark,

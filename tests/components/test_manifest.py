@@ -460,7 +460,8 @@ def test_whatever_yaml_writes_of_text_is_read_back(metadata: dict[str, str]) -> 
         "spec": {"type": "t", "metadata": [{"name": name, "value": value} for name, value in metadata.items()]},
     }
 
-    manifest = parse_one(yaml.safe_dump(document))
+    # Quoted, since what PyYAML takes for text and leaves plain (`0E0`) may be a number for others.
+    manifest = parse_one(yaml.safe_dump(document, default_style='"'))
 
     assert manifest.metadata == {name: Inline(value) for name, value in metadata.items()}
 

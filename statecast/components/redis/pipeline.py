@@ -17,9 +17,10 @@ from statecast.components.redis.connection import (
     pack,
 )
 from statecast.components.redis.settings import RedisSettings
+from statecast.components.settlement import wait_for_settlement
 
-_OUTCOME_PATIENCE = 2.0
-"""How many seconds a cancelled caller waits for the outcome of what was sent, and closing for what is in flight."""
+_CLOSING_PATIENCE = 2.0
+"""How many seconds closing waits for what is in flight."""
 
 
 class Script:
@@ -95,7 +96,7 @@ class Pipeline:
             if command.is_sent and not command.is_answered:
                 command.reply = asyncio.get_running_loop().create_future()
                 command.reply.add_done_callback(_retrieve)
-                await asyncio.wait([command.reply], timeout=_OUTCOME_PATIENCE)
+                await wait_for_settlement(command.reply)
             raise
 
     async def run(self, script: Script, *arguments: Argument) -> Reply:
@@ -200,7 +201,7 @@ class Pipeline:
 async def _settled(connection: Connection) -> None:
     replies = [command.reply for command in connection.owed]
     if replies:
-        await asyncio.wait(replies, timeout=_OUTCOME_PATIENCE)
+        await asyncio.wait(replies, timeout=_CLOSING_PATIENCE)
 
 
 def _retrieve(reply: asyncio.Future[Reply]) -> None:

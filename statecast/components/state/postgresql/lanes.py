@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 import asyncpg
 
+from statecast.components.settlement import wait_for_settlement
 from statecast.components.state.postgresql.failures import is_clean, translate
 from statecast.errors import OutcomeUnknown, StatecastError, StoreUnavailable
 
 T = TypeVar("T")
 
-_SETTLING_SECONDS = 2.0
 _CLOSING_SECONDS = 5.0
 
 
@@ -145,7 +145,7 @@ class Lanes:
         except asyncio.CancelledError:
             if job.is_sent:
                 job.settled = asyncio.get_running_loop().create_future()
-                await asyncio.wait({job.settled}, timeout=_SETTLING_SECONDS)
+                await wait_for_settlement(job.settled)
             raise
 
     def _submit(self, job: _Job[Any]) -> None:

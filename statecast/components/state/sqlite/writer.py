@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
+from statecast.components.settlement import wait_for_settlement
 from statecast.components.state.sqlite.errors import ALL_ALIKE, BREAKING, refused
 from statecast.errors import OutcomeUnknown, StatecastError, StoreUnavailable
 
@@ -30,7 +31,6 @@ and costs every job a fifth of its time in SQLite.) Any other failure undoes the
 
 GROUP_SIZE: Final = 512
 """A group takes no more ticks of the loop once it has so many jobs."""
-CANCELLED_WAIT: Final = 2.0
 
 # Who commits without a pause keeps every other process out: SQLite hands its lock to whoever happens to ask.
 STRETCH: Final = 0.020
@@ -139,16 +139,9 @@ class Writer:
             self._tick = []
 
     async def _settlement(self, entry: _Entry) -> None:
-        if entry not in self._pending:
-            return
-        entry.settled = self._loop.create_future()
-        deadline = self._loop.time() + CANCELLED_WAIT
-        while not entry.settled.done() and (left := deadline - self._loop.time()) > 0:
-            try:
-                await asyncio.wait([entry.settled], timeout=left)
-            except asyncio.CancelledError:
-                # The first cancellation is on its way already; a second is no reason to leave before the outcome.
-                continue
+        if entry in self._pending:
+            entry.settled = self._loop.create_future()
+            await wait_for_settlement(entry.settled)
 
     def _withdraw(self, entry: _Entry) -> bool:
         with self._taking:
