@@ -27,6 +27,8 @@ async def run(folder: Path, app_id: str, name: str, seed: str, deeds: int, journ
         leaving = asyncio.create_task(parting())
         await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
+        if not writing.done():
+            writing.cancel()
         await writing
 
 
