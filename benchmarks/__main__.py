@@ -1,6 +1,5 @@
 """`make bench`: every measurement beside its yardstick. `python -m benchmarks relay latency` runs those named."""
 
-import asyncio
 import importlib
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,6 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ratio import Ratio
+
+try:
+    from uvloop import run
+except ImportError:
+    from asyncio import run  # type: ignore[assignment]
 
 BENCHMARKS = ("postgresql_transact", "redis_transact", "sqlite_transact", "kafka_publish", "relay", "latency")
 
@@ -43,7 +47,7 @@ def main() -> None:
     names = sys.argv[1:] or BENCHMARKS
     if unknown := set(names) - set(BENCHMARKS):
         sys.exit(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    Console().print(table_of(asyncio.run(measure_all(names))))
+    Console().print(table_of(run(measure_all(names))))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class PostgresqlConfig:
     """`url` is what the driver is given, kept out of `repr` since it may hold a password.
 
     `cleanup_interval` None means that nothing is swept here. The name of `table_prefix` may be empty.
+    `groups_commits` tells whether commits that wait together go in one call.
     """
 
     url: str = field(repr=False)
@@ -62,6 +63,7 @@ class PostgresqlConfig:
     table_prefix: QualifiedName
     metadata_table: QualifiedName
     connections: int
+    groups_commits: bool
 
 
 def read_config(component: Component) -> PostgresqlConfig:
@@ -98,6 +100,7 @@ def read_config(component: Component) -> PostgresqlConfig:
         table_prefix=_prefix(reader),
         metadata_table=_table(reader),
         connections=reader.integer("maxConns", default=_pool_size(settings, reader), minimum=1),
+        groups_commits=reader.boolean("statecastGroupCommit", default=True),
     )
     reader.finish()
     return config

@@ -247,6 +247,10 @@ declare
   nothing text;
   found_etag text;
   found_expiry timestamptz;
+  part record;
+  locked text[];
+  locked_marks bytea[];
+  is_raced boolean;
   lock_timeout text;
 begin
   -- As an attribute of the function the setting would end with it, before the commit.
@@ -285,104 +289,179 @@ begin
     end if;
   end loop;
 
-  -- A key that is absent has no row to lock, so every key has a lock of its own.
-  if operations <= {_MOST_KEY_LOCKS} then
-    for i in 1 .. operations loop
-      if wait then
-        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i]));
-      elsif refusal[o_commit[i]] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i])) then
-        refusal[o_commit[i]] := 'busy';
-      end if;
-    end loop;
-  end if;
-
-  if not wait or array_remove(o_expected, null) <> '{{}}' then
-    for i in 1 .. operations loop
-      continue when refusal[o_commit[i]] is not null;
-      if wait then
-        select etag::text, expires_at into found_etag, found_expiry
-          from {layout.state} where key = o_key[i] for update;
-      else
-        select etag::text, expires_at into found_etag, found_expiry
-          from {layout.state} where key = o_key[i] for update skip locked;
-        if not found and exists (select from {layout.state} where key = o_key[i]) then
-          refusal[o_commit[i]] := 'busy';
-          continue;
-        end if;
-      end if;
-      -- Looked at now, not in the query, which evaluates its columns before it waits for the row.
-      if found_expiry <= clock_timestamp() then
-        found_etag := null;
-      end if;
-      if o_expected[i] = '' and found_etag is not null
-        or o_expected[i] <> '' and found_etag is distinct from o_expected[i]
-      then
-        refusal[o_commit[i]] := 'etag ' || i;
-      end if;
-    end loop;
-  end if;
-
-  -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
-  -- application that has moved its etags.
   if wait then
-    for i in 1 .. marks loop
-      nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
-    end loop;
+{_alone(layout, log)}
+  else
+{_together(layout, log)}
   end if;
-  for i in 1 .. marks loop
-    continue when refusal[m_commit[i]] = 'busy';
-    if wait then
-      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i];
-    elsif pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex'))) then
-      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i] for update skip locked;
-      if not found and exists (select from {layout.marks} where digest = m_digest[i]) then
-        refusal[m_commit[i]] := 'busy';
-      end if;
-    else
-      found_expiry := null;
-      refusal[m_commit[i]] := 'busy';
-    end if;
-    if found_expiry > clock_timestamp() then
-      refusal[m_commit[i]] := 'duplicate ' || i;
-    end if;
-  end loop;
 
-  -- All is decided; what follows is written for the commits without a refusal.
-  for i in 1 .. operations loop
-    continue when refusal[o_commit[i]] is not null;
-    if o_kind[i] = 'u' then
-      insert into {layout.state} as t (key, value, etag, expires_at)
-        values (o_key[i], o_value[i], o_etag[i], clock_timestamp() + make_interval(secs => o_ttl[i]))
-      on conflict (key) do update set value = excluded.value, etag = excluded.etag,
-        expires_at = excluded.expires_at, updated_at = clock_timestamp()
-        where o_expected[i] is distinct from '' or t.expires_at <= clock_timestamp();
-      if not found then
-        raise exception using errcode = 'SC001', message = 'another program wrote a key that was to be written first';
-      end if;
-    elsif o_kind[i] = 'd' then
-      delete from {layout.state} where key = o_key[i];
-    end if;
-  end loop;
-  for i in 1 .. marks loop
-    continue when refusal[m_commit[i]] is not null;
-    insert into {layout.marks} (digest, expires_at)
-      values (m_digest[i], clock_timestamp() + make_interval(secs => m_ttl[i]))
-    on conflict (digest) do update set expires_at = excluded.expires_at;
-  end loop;
   for i in 1 .. guards loop
     continue when refusal[g_commit[i]] is not null;
     update {layout.claims} c set commit_seq = commit_seq + 1
       where c.app_id = {_literal(app_id)} and c.type = g_type[i] and c.id = g_id[i];
   end loop;
-  for i in 1 .. events loop
-    continue when refusal[e_commit[i]] is not null;
-    insert into {layout.outbox(log)} (slice, order_key, event_id, format, pubsub, topic, metadata, body)
-      values (e_slice[i], e_order_key[i], e_event_id[i], e_format[i], e_pubsub[i], e_topic[i],
-        e_metadata[i]::json, e_body[i]);
-  end loop;
   return refusal;
 end
 $function$"""
+
+
+def _alone(layout: Layout, log: int) -> str:
+    """The part of the commit function for one commit with few operations, in loops, which waits for every lock."""
+    return f"""\
+    -- A key that is absent has no row to lock, so every key has a lock of its own.
+    if operations <= {_MOST_KEY_LOCKS} then
+      for i in 1 .. operations loop
+        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i]));
+      end loop;
+    end if;
+
+    if array_remove(o_expected, null) <> '{{}}' then
+      for i in 1 .. operations loop
+        continue when refusal[o_commit[i]] is not null;
+        select etag::text, expires_at into found_etag, found_expiry
+          from {layout.state} where key = o_key[i] for update;
+        -- Looked at now, not in the query, which evaluates its columns before it waits for the row.
+        if found_expiry <= clock_timestamp() then
+          found_etag := null;
+        end if;
+        if o_expected[i] = '' and found_etag is not null
+          or o_expected[i] <> '' and found_etag is distinct from o_expected[i]
+        then
+          refusal[o_commit[i]] := 'etag ' || i;
+        end if;
+      end loop;
+    end if;
+
+    -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
+    -- application that has moved its etags.
+    for i in 1 .. marks loop
+      nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
+    end loop;
+    for i in 1 .. marks loop
+      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i];
+      if found_expiry > clock_timestamp() then
+        refusal[m_commit[i]] := 'duplicate ' || i;
+      end if;
+    end loop;
+
+    -- All is decided; what follows is written for the commits without a refusal.
+    for i in 1 .. operations loop
+      continue when refusal[o_commit[i]] is not null;
+      if o_kind[i] = 'u' then
+        insert into {layout.state} as t (key, value, etag, expires_at)
+          values (o_key[i], o_value[i], o_etag[i], clock_timestamp() + make_interval(secs => o_ttl[i]))
+        on conflict (key) do update set value = excluded.value, etag = excluded.etag,
+          expires_at = excluded.expires_at, updated_at = clock_timestamp()
+          where o_expected[i] is distinct from '' or t.expires_at <= clock_timestamp();
+        if not found then
+          raise exception using errcode = 'SC001',
+            message = 'another program wrote a key that was to be written first';
+        end if;
+      elsif o_kind[i] = 'd' then
+        delete from {layout.state} where key = o_key[i];
+      end if;
+    end loop;
+    for i in 1 .. marks loop
+      continue when refusal[m_commit[i]] is not null;
+      insert into {layout.marks} (digest, expires_at)
+        values (m_digest[i], clock_timestamp() + make_interval(secs => m_ttl[i]))
+      on conflict (digest) do update set expires_at = excluded.expires_at;
+    end loop;
+    for i in 1 .. events loop
+      continue when refusal[e_commit[i]] is not null;
+      insert into {layout.outbox(log)} (slice, order_key, event_id, format, pubsub, topic, metadata, body)
+        values (e_slice[i], e_order_key[i], e_event_id[i], e_format[i], e_pubsub[i], e_topic[i],
+          e_metadata[i]::json, e_body[i]);
+    end loop;"""
+
+
+def _together(layout: Layout, log: int) -> str:
+    """The part for many commits, in queries over all their operations, which never waits.
+
+    A key that had no row when the locks were taken, and has one when it is written, was written by a program that
+    does not know our locks: it is looked at anew by each commit alone.
+    """
+    return f"""\
+    for part in
+      select o.commit from unnest(o_commit, o_key) as o(commit, key)
+      where refusal[o.commit] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o.key))
+    loop
+      refusal[part.commit] := 'busy';
+    end loop;
+    -- One query locks the rows it can, the next one judges: it sees what is committed when it begins.
+    locked := array(
+      select s.key from unnest(o_key) as o(key) join {layout.state} s on s.key = o.key for update of s skip locked);
+    for part in
+      select o.commit, o.number, s.key is not null and l.key is null as is_held
+      from unnest(o_commit, o_key, o_expected) with ordinality as o(commit, key, expected, number)
+      left join {layout.state} s on s.key = o.key
+      left join unnest(locked) as l(key) on l.key = o.key
+      where s.key is not null and l.key is null
+        or o.expected = '' and s.key is not null and (s.expires_at > clock_timestamp()) is not false
+        or o.expected <> '' and (s.key is null or s.expires_at <= clock_timestamp() or s.etag::text <> o.expected)
+    loop
+      continue when refusal[part.commit] = 'busy';
+      refusal[part.commit] := case when part.is_held then 'busy' else 'etag ' || part.number end;
+    end loop;
+
+    if marks > 0 then
+      for part in
+        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
+        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
+      loop
+        refusal[part.commit] := 'busy';
+      end loop;
+      locked_marks := array(
+        select t.digest from unnest(m_digest) as m(digest) join {layout.marks} t on t.digest = m.digest
+        for update of t skip locked);
+      for part in
+        select m.commit, m.number, l.digest is null as is_held, t.expires_at > clock_timestamp() as is_set
+        from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
+        join {layout.marks} t on t.digest = m.digest
+        left join unnest(locked_marks) as l(digest) on l.digest = m.digest
+      loop
+        continue when refusal[part.commit] = 'busy';
+        if part.is_held then
+          refusal[part.commit] := 'busy';
+        elsif part.is_set then
+          refusal[part.commit] := 'duplicate ' || part.number;
+        end if;
+      end loop;
+    end if;
+
+    with written as (
+      insert into {layout.state} as t (key, value, etag, expires_at)
+        select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
+        from unnest(o_commit, o_kind, o_key, o_value, o_ttl, o_etag) as o(commit, kind, key, value, ttl, etag)
+        where o.kind = 'u' and refusal[o.commit] is null
+      on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
+        updated_at = clock_timestamp()
+        where t.key = any (locked)
+      returning 1)
+    select (select count(*) from written) < (
+      select count(*) from unnest(o_commit, o_kind) as o(commit, kind) where o.kind = 'u' and refusal[o.commit] is null)
+      into is_raced;
+    if is_raced then
+      raise exception using errcode = 'SC001', message = 'another program wrote a key that was looked at as absent';
+    end if;
+    if 'd' = any (o_kind) then
+      delete from {layout.state} s using unnest(o_commit, o_kind, o_key) as o(commit, kind, key)
+        where s.key = o.key and o.kind = 'd' and refusal[o.commit] is null;
+    end if;
+    if marks > 0 then
+      insert into {layout.marks} (digest, expires_at)
+        select m.digest, clock_timestamp() + make_interval(secs => m.ttl)
+        from unnest(m_commit, m_digest, m_ttl) as m(commit, digest, ttl) where refusal[m.commit] is null
+      on conflict (digest) do update set expires_at = excluded.expires_at;
+    end if;
+    if events > 0 then
+      insert into {layout.outbox(log)} (slice, order_key, event_id, format, pubsub, topic, metadata, body)
+        select e.slice, e.order_key, e.event_id, e.format, e.pubsub, e.topic, e.metadata::json, e.body
+        from unnest(e_commit, e_slice, e_order_key, e_event_id, e_format, e_pubsub, e_topic, e_metadata, e_body)
+          with ordinality as e(commit, slice, order_key, event_id, format, pubsub, topic, metadata, body, number)
+        where refusal[e.commit] is null
+        order by e.number;
+    end if;"""
 
 
 # The first halves of our advisory locks, far from the small numbers that other programs of the database may use.

@@ -1,7 +1,6 @@
 """State on PostgreSQL, in Dapr's v2 table; a commit is one call of a function."""
 
 import asyncio
-import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ import asyncpg
 from statecast.clock import Clock
 from statecast.components.manifest import Component, describe
 from statecast.components.state.commit import Commit, ETag, Item
-from statecast.components.state.postgresql.call import Applied, CommitCall, Refused
+from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.connecting import OPENING_FAILURES, connect, failure_at_opening
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
-from statecast.components.state.postgresql.failures import Contended
 from statecast.components.state.postgresql.lanes import Lanes
 from statecast.components.state.postgresql.log import PostgresqlOutboxLog
 from statecast.components.state.postgresql.migration import Log, find_layout, migrate
@@ -28,9 +26,6 @@ from statecast.components.state.postgresql.sweep import Sweeper
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import StoreUnavailable
 
-_TRIES = 10
-_LONGEST_PAUSE_SECONDS = 0.2
-
 
 @dataclass(frozen=True, slots=True)
 class _Open:
@@ -38,12 +33,10 @@ class _Open:
 
     log: PostgresqlOutboxLog
     directory: PostgresqlDirectory
-    waker: Waker
+    committer: Committer
     sweeper: Sweeper
-    slices: int
     get: str
     bulk_get: str
-    commit: str
 
 
 class PostgresqlStateStore:
@@ -68,14 +61,18 @@ class PostgresqlStateStore:
 
     async def __aenter__(self) -> Self:
         layout, log = await self._prepare_schema()
+        waker = Waker(self._connect, _channel(layout, log), self._clock)
+        opened = self._statements(layout, log, waker)
         async with AsyncExitStack() as stack:
+            # In reverse: no new commits, no more wake-ups, the connections end what is under way, its tasks end.
+            stack.push_async_callback(opened.committer.join)
             self._lanes.open()
             stack.push_async_callback(self._lanes.close)
-            waker = Waker(self._connect, _channel(layout, log), self._clock)
             waker.open()
             stack.push_async_callback(waker.close)
-            self._opened = self._statements(layout, log, waker)
-            self._start_sweeping(stack, self._opened.sweeper)
+            stack.callback(opened.committer.stop)
+            self._opened = opened
+            self._start_sweeping(stack, opened.sweeper)
             self._stack = stack.pop_all()
         return self
 
@@ -103,35 +100,11 @@ class PostgresqlStateStore:
         opened = self._require_open()
         if not (commit.operations or commit.records or commit.marks or commit.guards):
             return ()
-        call = CommitCall((commit,), opened.slices)
-        arguments = call.arguments(wait=True)
-        (outcome,) = call.outcomes(await self._persistently(opened.commit, arguments))
-        match outcome:
-            case Applied(etags):
-                if call.slices:
-                    opened.waker.ring(call.slices)
-                return etags
-            case Refused(error):
-                raise error
-            case busy:
-                raise AssertionError(f"a commit that waits was told {busy}")
+        return await opened.committer.commit(commit)
 
     async def sweep(self) -> None:
         """Remove what has expired now, unless another process has done so within the cleanup interval."""
         await self._require_open().sweeper.sweep(asyncio.Event())
-
-    async def _persistently(self, statement: str, arguments: Sequence[object]) -> list[str | None]:
-        """Call the commit function, again where the server rolled back for what another try gets past."""
-        for attempt in range(1, _TRIES):
-            try:
-                return await self._call(statement, arguments)
-            except Contended:
-                await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, 0.002 * 2**attempt)))
-        return await self._call(statement, arguments)
-
-    async def _call(self, statement: str, arguments: Sequence[object]) -> list[str | None]:
-        rows = await self._lanes.run(lambda session: session.write(statement, *arguments))
-        return list(rows[0][0])
 
     def _require_open(self) -> _Open:
         if self._opened is None:
@@ -173,12 +146,16 @@ class PostgresqlStateStore:
         return _Open(
             log=PostgresqlOutboxLog(self._lanes, layout, log, waker),
             directory=PostgresqlDirectory(self._lanes, layout, self._app_id),
-            waker=waker,
+            committer=Committer(
+                self._lanes,
+                waker,
+                f"select {layout.commit(log.number)}({places})",
+                log.slices,
+                CommitterOptions.choose(connections=self._config.connections, groups=self._config.groups_commits),
+            ),
             sweeper=Sweeper(self._lanes, layout, self._config.cleanup_interval or timedelta(), self._clock),
-            slices=log.slices,
             get=f"select {columns} from {layout.state} where key = $1 and {live}",
             bulk_get=f"select {columns} from {layout.state} where key = any ($1::text[]) and {live}",
-            commit=f"select {layout.commit(log.number)}({places})",
         )
 
 
