@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from statecast.clock import Clock
-from statecast.components.broker.broker import Broker, Outcome, Refused, Settlement, Unreachable
+from statecast.components.broker.broker import Broker, Outcome, Published, Unknown, Unreachable
 from statecast.components.state.log import LogEntry, OutboxLog
 from statecast.errors import OutcomeUnknown, StoreUnavailable
-from statecast.outbox.progress import BackOff, Progress, SliceProgress, fair_share, message_of
+from statecast.outbox.deferred import DeferredRetry, RelayCounts, RetryOptions
+from statecast.outbox.progress import Progress, Refusal, Topic, fair_share
+from statecast.outbox.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +30,11 @@ class RelayOptions:
     publish_timeout: timedelta = timedelta(seconds=4)
     persist_every: timedelta = timedelta(milliseconds=250)
     trim_every: timedelta = timedelta(seconds=10)
+    look_aside_every: timedelta = timedelta(milliseconds=100)
     idle_wait: timedelta = timedelta(milliseconds=100)
     drain: timedelta = timedelta(seconds=5)
     batch: int = 1_000
-    back_off: BackOff = field(default_factory=BackOff)
-
-
-@dataclass(slots=True)
-class RelayCounts:
-    """What one relay did since it was made."""
-
-    published: int = 0
-    failed: int = 0
-    fenced: int = 0
+    retry: RetryOptions = field(default_factory=RetryOptions)
 
 
 class Relay:
@@ -56,15 +50,17 @@ class Relay:
         """`name` tells this relay from every other one that lives, or lived: make it unique at every start."""
         self.counts = RelayCounts()
         self._log = log
-        self._brokers = brokers
         self._name = name
         self._clock = clock
         self._options = options or RelayOptions()
-        self._progress = Progress(self._options.back_off)
+        self._publisher = Publisher(brokers, self._options.publish_timeout)
+        self._aside = DeferredRetry(log, self._publisher, self._options.retry, self.counts)
+        self._progress = Progress(self._options.retry.back_off)
         self._store_failures = 0
         self._attend_at = 0.0
         self._persist_at = 0.0
         self._trim_at = 0.0
+        self._look_aside_at = 0.0
         self._leased_until = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -100,7 +96,7 @@ class Relay:
     async def _wait_for_the_store(self, stop: asyncio.Event, error: Exception) -> None:
         self._store_failures += 1
         logger.warning("relay %s: the store is away, trying again: %s", self._name, error)
-        await self._clock.wait(stop, self._options.back_off.pause(self._store_failures))
+        await self._clock.wait(stop, self._options.retry.back_off.pause(self._store_failures))
 
     async def _round(self) -> bool:
         """Do all that is due now; tell whether entries were read or published."""
@@ -110,6 +106,7 @@ class Relay:
         if entries:
             await self._publish(entries)
         await self._persist_when_due()
+        await self._retry_deferred()
         return read or bool(entries)
 
     async def _attend(self) -> None:
@@ -117,20 +114,24 @@ class Relay:
         now = self._clock.monotonic()
         if now < self._attend_at:
             return
-        lease = self._options.lease
-        relays = await self._log.heartbeat(self._name, lease)
+        relays = await self._log.heartbeat(self._name, self._options.lease)
         share = fair_share(self._log.slices, relays)
+        await self._persist()
         surplus = self._progress.surplus(share)
         if surplus:
             await self._log.release(surplus)
             self._progress.drop(surplus)
-        await self._persist()
-        missing = share - len(self._progress.slices)
-        if missing > 0:
-            self._progress.add(await self._log.acquire(self._name, missing, lease))
+        await self._acquire(share - len(self._progress.slices))
         # Slices that a dead relay still holds are looked for more often than a lease is renewed.
         is_complete = len(self._progress.slices) >= share
-        self._attend_at = now + lease.total_seconds() / (3 if is_complete else 20)
+        self._attend_at = now + self._options.lease.total_seconds() / (3 if is_complete else 20)
+
+    async def _acquire(self, missing: int) -> None:
+        if missing <= 0:
+            return
+        leases = await self._log.acquire(self._name, missing, self._options.lease)
+        # Before anything is read: what belongs to a key that is aside must go aside too.
+        self._progress.add(leases, await self._log.deferred([lease.slice for lease in leases]))
 
     async def _read(self) -> bool:
         leases = self._progress.readable()
@@ -141,57 +142,67 @@ class Relay:
         return bool(batch.entries)
 
     async def _publish(self, entries: list[LogEntry]) -> None:
-        # The lease is renewed before the publish: a broker that is slow must not make us a second sender.
+        await self._renew_before_publishing()
+        entries = [entry for entry in entries if entry.slice in self._progress.slices]
+        outcomes = await self._publisher.publish(entries)
+        now = self._clock.monotonic()
+        newly_blocked = self._progress.note_topics(entries, outcomes, now)
+        refusals = self._progress.settle(entries, outcomes, now)
+        for refusal in refusals:
+            self._defer(refusal)
+        self._count(entries, outcomes, newly_blocked)
+
+    async def _renew_before_publishing(self) -> None:
+        # A broker that is slow must not make us a second sender.
         if self._clock.monotonic() + self._options.publish_timeout.total_seconds() > self._leased_until:
             await self._persist()
-            entries = [entry for entry in entries if entry.slice in self._progress.slices]
-        outcomes = await self._outcomes(entries)
-        now = self._clock.monotonic()
-        failed = self._progress.settle(entries, outcomes, now)
-        left = sum(len(progress.waiting) for progress in failed)
-        self.counts.published += len(entries) - left
-        self.counts.failed += left
-        if failed:
-            self._tell(failed, entries, outcomes)
 
-    async def _outcomes(self, entries: Sequence[LogEntry]) -> list[Outcome]:
-        """Publish through the broker each entry names; entries of one broker go in one call."""
-        outcomes: list[Outcome] = [Unreachable("not sent")] * len(entries)
-        by_pubsub: dict[str, list[int]] = {}
-        for index, entry in enumerate(entries):
-            by_pubsub.setdefault(entry.record.pubsub, []).append(index)
-        for pubsub, indexes in by_pubsub.items():
-            published = await self._publish_through(pubsub, [entries[index] for index in indexes])
-            for index, outcome in zip(indexes, published, strict=True):
-                outcomes[index] = outcome
-        return outcomes
-
-    async def _publish_through(self, pubsub: str, entries: list[LogEntry]) -> list[Outcome]:
-        broker = self._brokers.get(pubsub)
-        if broker is None:
-            reason = f"no pub/sub component named {pubsub!r} is loaded"
-            return [Refused(reason, is_about_topic=True)] * len(entries)
-        messages = [message_of(entry.record) for entry in entries]
-        return await broker.publish(messages, self._options.publish_timeout, Settlement.HANDLED)
+    def _defer(self, refusal: Refusal) -> None:
+        """Put a refused entry and all behind it of its key aside, so that other keys go on."""
+        failure = self._aside.first_failure(refusal.reason)
+        self._progress.slices[refusal.entry.slice].defer(refusal.entry, failure)
+        self.counts.deferred += 1
+        self._look_aside_at = 0.0
+        logger.warning(
+            "relay %s: event %s for topic %r is refused, its key waits aside: %s",
+            self._name,
+            refusal.entry.record.event_id,
+            refusal.entry.record.topic,
+            refusal.reason,
+        )
 
     async def _persist_when_due(self) -> None:
-        if self._progress.has_unpersisted and self._clock.monotonic() >= self._persist_at:
+        is_due = self._progress.has_unpersisted and self._clock.monotonic() >= self._persist_at
+        if is_due or self._progress.deferrals():
             await self._persist()
         if self._clock.monotonic() >= self._trim_at:
             self._trim_at = self._clock.monotonic() + self._options.trim_every.total_seconds()
             await self._log.trim()
 
     async def _persist(self) -> None:
-        """Persist the positions and renew the leases; stop relaying what turns out to be another's."""
+        """Persist the positions and what is put aside, and renew the leases; drop what is another relay's now."""
         if not self._progress.slices:
             return
         started = self._clock.monotonic()
-        lost = self._progress.keep(await self._log.advance(self._progress.settled(), self._options.lease))
+        kept = await self._log.advance(self._progress.settled(), self._options.lease, self._progress.deferrals())
+        lost = self._progress.keep(kept)
         self._leased_until = started + self._options.lease.total_seconds()
         self._persist_at = self._clock.monotonic() + self._options.persist_every.total_seconds()
         if lost:
             self.counts.fenced += len(lost)
             logger.warning("relay %s: slices %s are another relay's now", self._name, lost)
+
+    async def _retry_deferred(self) -> None:
+        """Publish what is aside and due, key by key. Looked at often only while there is any."""
+        slices = self._progress.with_deferred()
+        if not slices or self._clock.monotonic() < self._look_aside_at:
+            return
+        for key in await self._log.deferred(slices):
+            if key.is_due:
+                await self._renew_before_publishing()
+            if key.is_due and key.slice in self._progress.slices:
+                await self._aside.retry(key, self._progress.slices[key.slice])
+        self._look_aside_at = self._clock.monotonic() + self._options.look_aside_every.total_seconds()
 
     async def _rest(self) -> None:
         now = self._clock.monotonic()
@@ -205,23 +216,33 @@ class Relay:
 
     async def _give_up(self) -> None:
         try:
+            await self._persist()
             await self._log.release(self._progress.settled())
         except (StoreUnavailable, OutcomeUnknown) as error:
             logger.warning("relay %s: leases were not given back, they run out by themselves: %s", self._name, error)
 
-    def _tell(self, failed: list[SliceProgress], entries: Sequence[LogEntry], outcomes: Sequence[Outcome]) -> None:
-        """Log the first reason of each slice that failed, at its first failure and then ever more rarely."""
-        for progress in failed:
-            if progress.failures & (progress.failures - 1):
-                continue
-            head = progress.waiting[0]
-            outcome = outcomes[next(index for index, entry in enumerate(entries) if entry is head)]
-            logger.warning(
-                "relay %s: slice %d waits: event %s for topic %r is not published after %d tries: %s",
-                self._name,
-                progress.read_lease.slice,
-                head.record.event_id,
-                head.record.topic,
-                progress.failures,
-                outcome,
+    def _count(self, entries: Sequence[LogEntry], outcomes: Sequence[Outcome], newly_blocked: Sequence[Topic]) -> None:
+        """Count, and tell of what begins to fail; while it goes on failing, ever more rarely."""
+        published = sum(isinstance(outcome, Published) for outcome in outcomes)
+        self.counts.published += published
+        self.counts.failed += len(entries) - published
+        for pubsub, topic in newly_blocked:
+            reason = self._progress.blocked[pubsub, topic].reason
+            logger.error(
+                "relay %s: topic %r of %r takes nothing, its events wait: %s", self._name, topic, pubsub, reason
             )
+        waiting = {
+            (outcome.reason, self._progress.slices[entry.slice].failures): entry
+            for entry, outcome in zip(entries, outcomes, strict=True)
+            if isinstance(outcome, Unreachable | Unknown)
+        }
+        for (reason, failures), entry in waiting.items():
+            if failures and not failures & (failures - 1):
+                logger.warning(
+                    "relay %s: event %s for topic %r is not published after %d tries: %s",
+                    self._name,
+                    entry.record.event_id,
+                    entry.record.topic,
+                    failures,
+                    reason,
+                )

@@ -4,21 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statecast.components.broker.broker import Outcome, Published, Refused
+from statecast.components.broker.broker import Outcome, Published, Refused, Unreachable
 from statecast.components.state.commit import OutboxRecord
-from statecast.components.state.log import Batch, Lease, LogEntry
-from statecast.outbox.progress import BackOff, Progress, fair_share, message_of
+from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry
+from statecast.outbox.progress import MOST_HELD, BackOff, Progress, Refusal, fair_share, message_of
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-REFUSED = Refused("no")
+AWAY = Unreachable("no connection")
+REFUSED = Refused("too large")
+NO_TOPIC = Refused("unknown topic", is_about_topic=True)
+FAILURE = Failure(1, timedelta(seconds=1), "too large")
 
 
 def lease(number: int, position: int = 0) -> Lease:
     return Lease(number, "relay", 1, str(position))
 
 
-def entry(number: int, name: str) -> LogEntry:
-    return LogEntry(number, OutboxRecord(f"key-{number}", name, "bus", "orders", b"{}"), NOON)
+def entry(number: int, name: str, *, topic: str = "orders", key: str = "") -> LogEntry:
+    return LogEntry(number, name, OutboxRecord(key or f"key-{number}", name, "bus", topic, b"{}"), NOON)
 
 
 def names(entries: list[LogEntry]) -> list[str]:
@@ -37,30 +40,98 @@ def test_a_slice_that_is_published_is_settled_behind_the_batch() -> None:
     progress = with_two_slices()
     due = progress.due(0.0)
 
-    failed = progress.settle(due, [Published()] * 4, now=0.0)
+    refusals = progress.settle(due, [Published()] * 4, now=0.0)
 
     assert names(due) == ["a1", "a2", "b1", "b2"]
-    assert failed == []
+    assert refusals == []
     assert progress.settled() == progress.readable() == [lease(0, 10), lease(1, 10)]
 
 
-def test_a_slice_with_a_refused_entry_keeps_its_position_and_only_what_is_left() -> None:
+def settle(progress: Progress, outcomes: list[Outcome], now: float = 0.0) -> list[Refusal]:
+    due = progress.due(now)
+    progress.note_topics(due, outcomes, now)
+    return progress.settle(due, outcomes, now)
+
+
+def test_a_slice_whose_broker_is_away_keeps_its_position_and_only_what_is_left() -> None:
     progress = with_two_slices()
 
-    (failed,) = progress.settle(progress.due(0.0), [REFUSED, Published(), Published(), Published()], now=0.0)
+    settle(progress, [AWAY, Published(), Published(), Published()])
 
-    assert names(list(failed.waiting)) == ["a1"]
+    assert names(progress.slices[0].waiting) == ["a1"]
     assert progress.settled() == [lease(0, 0), lease(1, 10)]
     assert progress.readable() == [lease(1, 10)]
 
 
-def test_a_slice_that_failed_is_due_again_only_after_its_pause() -> None:
+def test_a_slice_whose_broker_is_away_is_due_again_only_after_its_pause() -> None:
     progress = with_two_slices()
-    progress.settle(progress.due(0.0), [REFUSED, REFUSED, Published(), Published()], now=5.0)
+    settle(progress, [AWAY, AWAY, Published(), Published()], now=5.0)
 
     assert progress.next_retry() == pytest.approx(5.1)
     assert progress.due(5.05) == []
     assert names(progress.due(5.2)) == ["a1", "a2"]
+
+
+def test_a_refused_entry_goes_aside_with_all_that_waits_of_its_key() -> None:
+    progress = Progress()
+    progress.add([lease(0)])
+    one, other, late = entry(0, "a1", key="a"), entry(0, "b1", key="b"), entry(0, "a2", key="a")
+    progress.take(Batch((one, other, late), (lease(0, 9),)))
+
+    (refusal,) = settle(progress, [REFUSED, Published(), Unreachable("held back")])
+    progress.slices[0].defer(refusal.entry, FAILURE)
+
+    assert progress.deferrals() == [Deferral((one, late), FAILURE)]
+    assert progress.settled() == progress.readable() == [lease(0, 9)]
+    assert progress.slices[0].retry_at == 0.0
+
+
+def test_what_is_read_of_a_key_that_is_aside_goes_aside() -> None:
+    progress = Progress()
+    aside = DeferredKey(0, "a", 1, "too large", is_due=False, is_parked=False, pending=1, oldest_at=NOON)
+    progress.add([lease(0)], [aside])
+    late, other = entry(0, "a2", key="a"), entry(0, "b1", key="b")
+
+    progress.take(Batch((late, other), (lease(0, 9),)))
+
+    assert progress.deferrals() == [Deferral((late,), None)]
+    assert progress.due(0.0) == [other]
+
+
+def test_a_topic_that_takes_nothing_holds_its_own_entries_and_lets_others_be_read() -> None:
+    progress = Progress()
+    progress.add([lease(0)])
+    progress.take(Batch((entry(0, "a1", topic="gone"), entry(0, "b1")), (lease(0, 5),)))
+
+    settle(progress, [NO_TOPIC, Published()])
+    progress.take(Batch((entry(0, "a2", topic="gone"), entry(0, "b2")), (lease(0, 6),)))
+
+    assert names(progress.due(0.05)) == ["b2"]
+    assert names(progress.due(0.2)) == ["a1", "a2", "b2"]
+    assert progress.settled() == [lease(0, 0)]
+
+
+def test_a_slice_reads_on_past_a_blocked_topic_only_so_far() -> None:
+    progress = Progress()
+    progress.add([lease(0)])
+    many = tuple(entry(0, f"a{number}", topic="gone") for number in range(MOST_HELD))
+    progress.take(Batch(many, (lease(0, 5),)))
+
+    settle(progress, [NO_TOPIC] * MOST_HELD)
+
+    assert progress.readable() == []
+
+
+def test_a_topic_is_open_again_once_it_takes_something() -> None:
+    progress = Progress()
+    progress.add([lease(0)])
+    progress.take(Batch((entry(0, "a1"),), (lease(0, 5),)))
+    settle(progress, [NO_TOPIC])
+
+    settle(progress, [Published()], now=1.0)
+
+    assert progress.blocked == {}
+    assert progress.settled() == [lease(0, 5)]
 
 
 def test_an_empty_read_moves_the_settled_position_too() -> None:
@@ -148,7 +219,7 @@ def _outcomes_in_order(due: list[LogEntry], data: st.DataObject) -> list[Outcome
     for each in due:
         if each.record.order_key in failed or data.draw(st.booleans()):
             failed.add(each.record.order_key)
-            outcomes.append(REFUSED)
+            outcomes.append(AWAY)
         else:
             outcomes.append(Published())
     return outcomes

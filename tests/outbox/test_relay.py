@@ -7,7 +7,7 @@ dropped that failed, `test_a_refused_event...` and its neighbours do.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -27,10 +27,20 @@ from statecast.components.broker.broker import (
 from statecast.components.broker.memory import MemoryBroker
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord, Upsert
-from statecast.components.state.log import Batch, Lease, OutboxLog, SliceStatus
+from statecast.components.state.log import (
+    Batch,
+    Deferral,
+    DeferredKey,
+    Failure,
+    Lease,
+    LogEntry,
+    OutboxLog,
+    SliceStatus,
+)
 from statecast.components.state.memory import MemoryStateStore
 from statecast.components.testing import deadline
 from statecast.errors import StoreUnavailable
+from statecast.outbox.deferred import RetryOptions
 from statecast.outbox.progress import BackOff
 from statecast.outbox.relay import Relay, RelayOptions
 
@@ -40,8 +50,11 @@ QUICK = RelayOptions(
     persist_every=timedelta(milliseconds=20),
     idle_wait=timedelta(milliseconds=20),
     drain=timedelta(seconds=2),
-    back_off=BackOff(timedelta(milliseconds=5), timedelta(milliseconds=20)),
+    look_aside_every=timedelta(milliseconds=5),
+    retry=RetryOptions(max_attempts=3, back_off=BackOff(timedelta(milliseconds=5), timedelta(milliseconds=20))),
 )
+
+PATIENT = replace(QUICK, retry=replace(QUICK.retry, max_attempts=1_000))
 
 
 class ScriptedBroker(MemoryBroker):
@@ -143,9 +156,9 @@ async def test_stopping_publishes_what_is_committed_and_gives_the_leases_back(st
     assert {each.owner for each in await store.log.status()} == {None}
 
 
-async def test_a_refused_event_holds_its_slice_and_no_other(store: MemoryStateStore) -> None:
+async def test_a_refused_event_holds_its_key_and_no_other(store: MemoryStateStore) -> None:
     broker = ScriptedBroker(lambda message: Refused("too large") if message.body == b"a:1" else Published())
-    async with relaying(store.log, broker):
+    async with relaying(store.log, broker, options=PATIENT):
         for number in range(4):
             await commit(store, "a", number)
             await commit(store, "b", number)
@@ -154,22 +167,91 @@ async def test_a_refused_event_holds_its_slice_and_no_other(store: MemoryStateSt
 
         broker.answer = lambda message: Published()
         await until(lambda: len(numbers_of(broker.taken, "a")) == 4)
+        await commit(store, "a", 4)
 
     assert numbers_of(while_refused, "a") == [0]
-    assert [name for name in broker.taken if name.startswith("a:")] == ["a:0", "a:1", "a:2", "a:3"]
+    assert [name for name in broker.taken if name.startswith("a:")] == [f"a:{number}" for number in range(5)]
 
 
-async def test_a_slice_that_waits_says_which_event_and_why(
-    store: MemoryStateStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_refusal_says_which_event_and_why(store: MemoryStateStore, caplog: pytest.LogCaptureFixture) -> None:
     broker = ScriptedBroker(lambda message: Refused("message too large"))
 
     async with relaying(store.log, broker):
         await commit(store, "a", 1)
         await until(lambda: "message too large" in caplog.text)
-        broker.answer = lambda message: Published()
 
-    assert "event a:1 for topic 'orders' is not published" in caplog.text
+    assert "event a:1 for topic 'orders' is refused" in caplog.text
+
+
+async def test_a_key_refused_too_often_is_parked_until_it_is_replayed(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(lambda message: Refused("too large") if message.body == b"a:0" else Published())
+    async with relaying(store.log, broker) as relay:
+        await commit(store, "a", 0)
+        await until(lambda: relay.counts.parked == 1)
+        await commit(store, "a", 1)
+        await commit(store, "b", 0)
+        await until(lambda: broker.taken == ["b:0"])
+        (parked,) = await store.log.deferred(range(store.log.slices))
+
+        broker.answer = lambda message: Published()
+        replayed = await store.log.replay()
+        await until(lambda: numbers_of(broker.taken, "a") == [0, 1])
+
+    assert (parked.order_key, parked.attempts, parked.is_parked, parked.reason) == ("a", 3, True, "too large")
+    assert replayed == 1
+    assert await store.log.deferred(range(store.log.slices)) == []
+
+
+async def test_the_dead_letter_topic_gets_a_copy_at_parking(store: MemoryStateStore) -> None:
+    dead: list[Message] = []
+
+    def answer(message: Message) -> Outcome:
+        if message.topic == "dead":
+            dead.append(message)
+            return Published()
+        return Refused("too large")
+
+    options = replace(QUICK, retry=replace(QUICK.retry, dead_letter_topic="dead"))
+    async with relaying(store.log, ScriptedBroker(answer), options=options) as relay:
+        await commit(store, "a", 0)
+        await until(lambda: relay.counts.parked == 1)
+
+    (copy,) = dead
+    assert (copy.body, copy.metadata["deadLetterReason"], copy.metadata["deadLetterTopic"]) == (
+        b"a:0",
+        "too large",
+        "orders",
+    )
+
+
+async def test_a_key_that_is_aside_stays_aside_for_the_next_relay(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(lambda message: Refused("too large") if message.body == b"a:0" else Published())
+    async with relaying(store.log, broker, options=PATIENT) as relay:
+        await commit(store, "a", 0)
+        await until(lambda: relay.counts.deferred == 1)
+    await commit(store, "a", 1)
+
+    async with relaying(store.log, broker, "two", options=PATIENT):
+        await commit(store, "b", 0)
+        await until(lambda: broker.taken == ["b:0"])
+        broker.answer = lambda message: Published()
+        await until(lambda: numbers_of(broker.taken, "a") == [0, 1])
+
+
+async def test_a_topic_that_takes_nothing_is_alarmed_once_and_parks_nothing(
+    store: MemoryStateStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = ScriptedBroker(lambda message: Refused("unknown topic", is_about_topic=True))
+
+    async with relaying(store.log, broker) as relay:
+        for number in range(20):
+            await commit(store, f"key-{number}", 0)
+        await until(lambda: relay.counts.failed > 100)
+        broker.answer = lambda message: Published()
+        await until(lambda: len(broker.taken) == 20)
+
+    assert caplog.text.count("topic 'orders' of 'bus' takes nothing") == 1
+    assert (relay.counts.deferred, relay.counts.parked) == (0, 0)
 
 
 async def test_a_broker_that_is_away_is_waited_for_and_nothing_is_lost(store: MemoryStateStore) -> None:
@@ -292,8 +374,22 @@ class InterruptedLog:
         await self.may_read.wait()
         return batch
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
-        return await self._require().advance(leases, ttl)
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
+        return await self._require().advance(leases, ttl, deferrals)
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        return await self._require().deferred(slices)
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        return await self._require().read_deferred(slice, order_key, limit)
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        return await self._require().settle_deferred(lease, order_key, published, failure)
+
+    async def replay(self, order_key: str | None = None) -> int:
+        return await self._require().replay(order_key)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         await self._require().release(leases)

@@ -1,7 +1,7 @@
 """The seam of the outbox log: what commits appended, read slice by slice by whoever holds the slice's lease."""
 
 from binascii import crc32
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -32,9 +32,13 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One record as read from the log, with the moment its commit was made (by the database's clock)."""
+    """One record as read from the log, with the moment its commit was made (by the database's clock).
+
+    `id` names the entry within its slice, the same at every read; only the log that made it can read it.
+    """
 
     slice: int
+    id: str
     record: OutboxRecord
     created_at: datetime
 
@@ -60,6 +64,43 @@ class SliceStatus:
     position: str
     pending: int
     oldest_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the first entry of a key is not published: tried so often, to be tried again after `pause`.
+
+    A `pause` of None parks the key: it is not tried again before `replay`.
+    """
+
+    attempts: int
+    pause: timedelta | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deferral:
+    """Entries of one order key, in their order, that are taken out of the log's order, so that other keys can go on.
+
+    `failure` is about the first of them; None: the key is deferred already, and they queue up behind.
+    """
+
+    entries: tuple[LogEntry, ...]
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredKey:
+    """An order key whose entries wait beside the log; `is_due` by the database's clock, never when parked."""
+
+    slice: int
+    order_key: str
+    attempts: int
+    reason: str
+    is_due: bool
+    is_parked: bool
+    pending: int
+    oldest_at: datetime
 
 
 class OutboxLog(Protocol):
@@ -94,11 +135,15 @@ class OutboxLog(Protocol):
         """
         ...
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         """Persist the leases' positions and renew them for `ttl`; return those that are still mine.
 
         A lease whose epoch is not the current one, or that was released, is left out and nothing of it is
         persisted: stop relaying it. One that has run out and that nobody took since is mine still.
+
+        The deferrals' entries, which these positions pass, are put aside in the same step, each under its own
+        slice's lease and behind what is aside of their key; an entry that is aside already is left as it is, so
+        that the call can be repeated.
         """
         ...
 
@@ -106,6 +151,32 @@ class OutboxLog(Protocol):
         """Persist the leases' positions and give them up, so that another relay need not wait for their end.
 
         To be called once no publish of these slices is in flight. Leases that are no longer mine are left alone.
+        """
+        ...
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        """List the keys of these slices that have entries aside, in the order in which they are due."""
+        ...
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        """Read the first `limit` entries that are aside of a key, in commit order."""
+        ...
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        """Remove the entries of a key with these ids, and note the failure of the first one left; tell whether any is.
+
+        A key of which none is left is not deferred any more: what the log has of it flows again. Without `failure`
+        the first one left is due at once. Under a lease that is no longer mine nothing is done, and it is told that
+        there is some left.
+        """
+        ...
+
+    async def replay(self, order_key: str | None = None) -> int:
+        """Make parked keys (all, or this one) due now, with their attempts forgotten; return how many they were.
+
+        It takes no lease: whoever holds their slices publishes them.
         """
         ...
 

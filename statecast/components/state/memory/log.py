@@ -2,16 +2,26 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from itertools import chain, count
+from itertools import chain, count, islice
 from operator import itemgetter
 from typing import Final
 
 from statecast.clock import Clock
 from statecast.components.state.commit import OutboxRecord
-from statecast.components.state.log import DEFAULT_SLICES, Batch, Lease, LogEntry, SliceStatus, slice_of
+from statecast.components.state.log import (
+    DEFAULT_SLICES,
+    Batch,
+    Deferral,
+    DeferredKey,
+    Failure,
+    Lease,
+    LogEntry,
+    SliceStatus,
+    slice_of,
+)
 from statecast.components.state.memory.expiring import Expiring
 from statecast.components.state.memory.lifetime import Lifetime
 
@@ -19,6 +29,21 @@ _Row = tuple[int, LogEntry]
 _row_number = itemgetter(0)
 
 _LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
+_FAR_AWAY: Final = datetime.max.replace(tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class _Aside:
+    """The entries of one key that wait beside the log; `due_at` None: parked."""
+
+    entries: dict[str, LogEntry] = field(default_factory=dict)
+    attempts: int = 0
+    reason: str = ""
+    due_at: datetime | None = None
+
+    def fail(self, failure: Failure, now: datetime) -> None:
+        self.attempts, self.reason = failure.attempts, failure.reason
+        self.due_at = None if failure.pause is None else now + failure.pause
 
 
 @dataclass(slots=True)
@@ -29,6 +54,7 @@ class _Slice:
     epoch: int = 0
     owner: str | None = None
     ends_at: datetime = _LONG_AGO
+    deferred: dict[str, _Aside] = field(default_factory=dict)
 
     def after(self, position: int, limit: int | None = None) -> list[_Row]:
         start = bisect_right(self.rows, position, key=_row_number)
@@ -42,11 +68,55 @@ class _Slice:
         self.owner, self.ends_at = owner, ends_at
         return Lease(self.number, owner, self.epoch, str(self.position))
 
+    def is_mine(self, lease: Lease) -> bool:
+        return self.owner is not None and self.epoch == lease.epoch
+
     def advance(self, lease: Lease, ends_at: datetime) -> bool:
-        if self.owner is None or self.epoch != lease.epoch:
+        if not self.is_mine(lease):
             return False
         self.position, self.ends_at = int(lease.position), ends_at
         return True
+
+    def defer(self, deferral: Deferral, now: datetime) -> None:
+        aside = self.deferred.setdefault(deferral.entries[0].record.order_key, _Aside())
+        if deferral.failure is not None and not aside.entries:
+            aside.fail(deferral.failure, now)
+        for entry in deferral.entries:
+            aside.entries.setdefault(entry.id, entry)
+
+    def settle(self, order_key: str, published: Sequence[str], failure: Failure | None, now: datetime) -> bool:
+        aside = self.deferred.get(order_key, _Aside())
+        for id in published:
+            aside.entries.pop(id, None)
+        if not aside.entries:
+            self.deferred.pop(order_key, None)
+            return False
+        aside.fail(failure or Failure(0, timedelta(0), ""), now)
+        return True
+
+    def deferred_keys(self, now: datetime) -> list[tuple[datetime, DeferredKey]]:
+        return [
+            (
+                aside.due_at or _FAR_AWAY,
+                DeferredKey(
+                    slice=self.number,
+                    order_key=order_key,
+                    attempts=aside.attempts,
+                    reason=aside.reason,
+                    is_due=aside.due_at is not None and aside.due_at <= now,
+                    is_parked=aside.due_at is None,
+                    pending=len(aside.entries),
+                    oldest_at=next(iter(aside.entries.values())).created_at,
+                ),
+            )
+            for order_key, aside in self.deferred.items()
+        ]
+
+    def replay(self, order_key: str | None, now: datetime) -> int:
+        parked = [aside for key, aside in self.deferred.items() if aside.due_at is None and order_key in (None, key)]
+        for aside in parked:
+            aside.fail(Failure(0, timedelta(0), aside.reason), now)
+        return len(parked)
 
     def release(self, lease: Lease) -> None:
         if self.advance(lease, _LONG_AGO):
@@ -82,8 +152,9 @@ class MemoryOutboxLog:
         for record in records:
             number = slice_of(record.order_key, self.slices)
             # The caller keeps its mapping and may change it.
-            entry = LogEntry(number, replace(record, metadata=dict(record.metadata)), created_at)
-            self._slices[number].rows.append((next(self._numbers), entry))
+            row = next(self._numbers)
+            entry = LogEntry(number, str(row), replace(record, metadata=dict(record.metadata)), created_at)
+            self._slices[number].rows.append((row, entry))
         if records:
             self._appended.set()
             self._appended = asyncio.Event()
@@ -111,15 +182,43 @@ class MemoryOutboxLog:
             leases=tuple(replace(lease, position=last.get(lease.slice, lease.position)) for lease in leases),
         )
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         self._lifetime.require_open()
-        ends_at = self._clock.now() + ttl
-        return [lease for lease in leases if self._slices[lease.slice].advance(lease, ends_at)]
+        now = self._clock.now()
+        kept = [lease for lease in leases if self._slices[lease.slice].advance(lease, now + ttl)]
+        mine = {lease.slice for lease in kept}
+        for deferral in deferrals:
+            if deferral.entries[0].slice in mine:
+                self._slices[deferral.entries[0].slice].defer(deferral, now)
+        return kept
 
     async def release(self, leases: Sequence[Lease]) -> None:
         self._lifetime.require_open()
         for lease in leases:
             self._slices[lease.slice].release(lease)
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        self._lifetime.require_open()
+        now = self._clock.now()
+        found = chain.from_iterable(self._slices[number].deferred_keys(now) for number in slices)
+        return [key for _, key in sorted(found, key=itemgetter(0))]
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        self._lifetime.require_open()
+        aside = self._slices[slice].deferred.get(order_key, _Aside())
+        return list(islice(aside.entries.values(), limit))
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        self._lifetime.require_open()
+        each = self._slices[lease.slice]
+        return not each.is_mine(lease) or each.settle(order_key, published, failure, self._clock.now())
+
+    async def replay(self, order_key: str | None = None) -> int:
+        self._lifetime.require_open()
+        now = self._clock.now()
+        return sum(each.replay(order_key, now) for each in self._slices)
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
         self._lifetime.require_open()
