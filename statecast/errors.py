@@ -53,10 +53,14 @@ class Fenced(StatecastError):
 
 
 class Duplicate(StatecastError):
-    """A mark of the commit was set before and has not expired: the commit it came with was applied."""
+    """A mark of the commit was set before and has not expired: the commit it came with was applied.
 
-    def __init__(self, digest: bytes) -> None:
+    `etags` is what that commit was answered, one for each of its operations; None where it is not known any more.
+    """
+
+    def __init__(self, digest: bytes, etags: Sequence[str | None] | None = None) -> None:
         self.digest = digest
+        self.etags = None if etags is None else tuple(etags)
         super().__init__(f"a commit with mark {digest.hex()} was applied before")
 
 
