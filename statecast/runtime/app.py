@@ -38,12 +38,14 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 class RuntimeOptions:
     """`relays=False`: commit, but leave the publishing to other processes. `publish_timeout` is that of `publish`.
 
-    `close` bounds how long closing waits for relays to drain, and then again for handlers to finish.
+    Relaying begins when the subscriptions made at the start stand, or after `subscriptions_within`. `close` bounds how
+    long closing waits for relays to drain, and then again for handlers to finish.
     """
 
     relays: bool = True
     relay: RelayOptions = field(default_factory=RelayOptions)
     publish_timeout: timedelta = timedelta(seconds=10)
+    subscriptions_within: timedelta = timedelta(seconds=3)
     close: timedelta = timedelta(seconds=10)
 
 
@@ -206,15 +208,14 @@ class Runtime:
 
     def _after_subscriptions(self, relay: Relay, pubsub: str) -> Run:
         """Let the relay wait for the subscriptions made at the start: a broker that keeps nothing would drop what
-        was left over from an earlier run."""
+        was left over from an earlier run. A subscription that cannot come about does not hold it for long."""
 
         async def run(stop: asyncio.Event) -> None:
-            async with asyncio.TaskGroup() as group:
-                standing = group.create_task(self.ready(pubsub))
-                stopping = group.create_task(stop.wait())
-                await asyncio.wait((standing, stopping), return_when=asyncio.FIRST_COMPLETED)
-                standing.cancel()
-                stopping.cancel()
+            try:
+                async with asyncio.timeout(self._options.subscriptions_within.total_seconds()):
+                    await self.ready(pubsub)
+            except TimeoutError:
+                logger.warning("subscriptions on %r do not stand yet; relaying begins without them", pubsub)
             await relay.run(stop)
 
         return run

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import secrets
@@ -161,6 +162,8 @@ class Demo:
 
         `journal` gets every arrival at once; with `kill_after` this process kills itself after so many.
         """
+        # Topics and groups are made when they are first used, and the driver calls their absence errors.
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
         complete = asyncio.Event()
         async with Runtime.open(self.components, app_id=self.app_id, options=OPTIONS) as runtime:
 

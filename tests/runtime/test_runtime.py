@@ -24,7 +24,9 @@ from statecast import (
     delete,
     upsert,
 )
+from statecast.clock import SystemClock
 from statecast.components.registry import BUILT_IN
+from statecast.pubsub.subscription import Subscription
 
 OUTBOX = {"outboxPublishPubsub": "bus", "outboxPublishTopic": "orders"}
 BUS = Component("bus", "pubsub.in-memory")
@@ -294,6 +296,18 @@ async def test_leaving_publishes_what_is_committed() -> None:
             await runtime.state("statestore").transact([upsert("k", number)])
 
     assert received == list(range(200))
+
+
+async def test_a_subscription_that_never_stands_does_not_hold_the_relay(caplog: pytest.LogCaptureFixture) -> None:
+    options = RuntimeOptions(subscriptions_within=timedelta(milliseconds=20))
+    async with Runtime.open([STORE, BUS], app_id="shop", environment={}, options=options) as runtime:
+        subscription = Subscription(runtime._components.brokers["bus"], "t", "g", print, clock=SystemClock())
+        runtime._subscriptions["bus"].append(subscription)
+        inbox = Inbox(runtime)
+        await runtime.state("statestore").transact([upsert("k", 1)])
+        await inbox.first(1)
+
+    assert "do not stand yet" in caplog.text
 
 
 async def test_without_relays_events_stay_for_another_process() -> None:
