@@ -7,7 +7,7 @@ do the bare names; custom names become extension attributes.
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -79,93 +79,84 @@ class EventSource:
     ids: EventIds
 
 
-@dataclass(frozen=True, slots=True)
-class Occurrence:
-    """What one event tells of, before it is rendered. `key` is the logical state key, `order_key` the full one."""
+def render(
+    data: Data | None,
+    metadata: Mapping[str, str],
+    source: EventSource,
+    *,
+    pubsub: str,
+    topic: str,
+    order_key: str,
+    key: str | None,
+    type: str,
+    subject: str = "",
+) -> OutboxRecord:
+    """Render one event completely; `key` is the logical state key, `order_key` the full one.
 
-    pubsub: str
-    topic: str
-    order_key: str
-    key: str | None
-    type: str
-    subject: str
-    data: Data | None
-    metadata: Mapping[str, str]
-
-
-def render(occurrence: Occurrence, source: EventSource) -> OutboxRecord:
-    """Render an event completely. Raises InvalidRequest for a `rawPayload` that is no boolean."""
-    overrides = dict(overridden_attributes(occurrence.metadata))
+    No data at all is `"data": null`. Raises InvalidRequest for a `rawPayload` that is no boolean.
+    """
+    overrides = overridden_attributes(metadata) if metadata else {}
     event_id = overrides.pop("id", "") or source.ids.next()
-    if is_raw(occurrence.metadata):
-        body = plain_bytes(occurrence.data) if occurrence.data else b""
+    if metadata and is_raw(metadata):
+        body = plain_bytes(data) if data else b""
     else:
-        body = envelope(_attributes(occurrence, source, event_id, overrides), occurrence.data)
-    partition_key = _runtime_word(occurrence.metadata, PARTITION_KEY) or occurrence.key
+        trace = overrides.get("traceparent") or source.trace.traceparent
+        attributes = {
+            "specversion": "1.0",
+            "id": event_id,
+            "source": source.app_id,
+            "type": type,
+            "time": timestamp(source.time),
+            "datacontenttype": content_type_of(data) if data else "application/json",
+            "topic": topic,
+            "pubsubname": pubsub,
+            "traceid": trace,
+            "traceparent": trace,
+            "tracestate": source.trace.tracestate,
+        }
+        if subject:
+            attributes["subject"] = subject
+        if overrides:
+            attributes |= overrides
+            if not attributes.get("subject", "-"):
+                del attributes["subject"]
+        body = envelope(attributes, data)
+    partition_key = metadata.get(PARTITION_KEY) or key
     return OutboxRecord(
-        order_key=occurrence.order_key,
-        event_id=event_id,
-        pubsub=occurrence.pubsub,
-        topic=occurrence.topic,
-        body=body,
-        metadata={PARTITION_KEY: partition_key} if partition_key else {},
+        order_key, event_id, pubsub, topic, body, {PARTITION_KEY: partition_key} if partition_key else {}
     )
 
 
-def overridden_attributes(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Find the attributes that an operation's metadata sets; of a bare and a prefixed name the prefixed one is last."""
-    prefixed = [name for name in metadata if name.lower().startswith(_PREFIX)]
-    for name in metadata:
-        if name not in prefixed and _may_be_set(name):
-            yield name, metadata[name]
-    for name in prefixed:
-        if _may_be_set(bare := name.lower().removeprefix(_PREFIX)):
-            yield bare, metadata[name]
+def overridden_attributes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Find the attributes that an operation's metadata sets; a name with the prefix goes before the bare one."""
+    bare: dict[str, str] = {}
+    prefixed: dict[str, str] = {}
+    for name, value in metadata.items():
+        attribute = _attribute_of(name)
+        if attribute is not None:
+            (bare if attribute == name else prefixed)[attribute] = value
+    return bare | prefixed
 
 
 def is_raw(metadata: Mapping[str, str]) -> bool:
-    text = metadata.get("rawPayload", "")
+    text = metadata.get("rawPayload")
+    if text is None:
+        return False
     if text not in _RAW_PAYLOAD:
         raise InvalidRequest(f"rawPayload value must be a valid boolean: actual is {text!r}")
     return _RAW_PAYLOAD[text]
 
 
-def _attributes(
-    occurrence: Occurrence, source: EventSource, event_id: str, overrides: dict[str, str]
-) -> dict[str, str]:
-    trace = overrides.get("traceparent") or source.trace.traceparent
-    attributes = {
-        "specversion": "1.0",
-        "id": event_id,
-        "source": source.app_id,
-        "type": occurrence.type,
-        "time": timestamp(source.time),
-        "datacontenttype": content_type_of(occurrence.data) if occurrence.data else "application/json",
-        "topic": occurrence.topic,
-        "pubsubname": occurrence.pubsub,
-        "traceid": trace,
-        "traceparent": trace,
-        "tracestate": source.trace.tracestate,
-        "subject": occurrence.subject,
-        **overrides,
-    }
-    if not attributes["subject"]:
-        del attributes["subject"]
-    return attributes
+@lru_cache(maxsize=4096)
+def _attribute_of(metadata_name: str) -> str | None:
+    """Tell the attribute that a metadata name sets; None for a word of the runtime, and for what cannot be set.
 
-
-def _may_be_set(name: str) -> bool:
-    if name in _FIXED or name.lower() in _RUNTIME_WORDS or name.startswith("outbox.") or not name:
-        return False
+    An attribute whose name is no valid one is told of in the log, once per name as long as it is remembered here.
+    """
+    lowered = metadata_name.lower()
+    name = lowered.removeprefix(_PREFIX) if lowered.startswith(_PREFIX) else metadata_name
+    if not name or name in _FIXED or name.lower() in _RUNTIME_WORDS or name.startswith("outbox."):
+        return None
     if not VALID_ATTRIBUTE_NAME.fullmatch(name):
-        _tell(name)
-    return True
-
-
-def _runtime_word(metadata: Mapping[str, str], word: str) -> str | None:
-    return next((value for name, value in metadata.items() if name.lower() == word.lower()), None)
-
-
-@lru_cache(maxsize=1024)  # once per name
-def _tell(name: str) -> None:
-    logger.warning("%r is no valid CloudEvents attribute name (lower-case letters and digits); sent as it is", name)
+        logger.warning("%r is no valid CloudEvents attribute name (lower-case letters and digits); sent as it is", name)
+    return name

@@ -7,7 +7,7 @@ from statecast.components.manifest import Component
 from statecast.components.metadata import MetadataReader, is_truthy
 from statecast.components.state.commit import Commit, Delete, Mark, Operation, OutboxRecord, Upsert
 from statecast.errors import InvalidRequest
-from statecast.outbox.event import EventSource, Occurrence, render
+from statecast.outbox.event import EventSource, render
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data
 
 PROJECTION = "outbox.projection"
@@ -67,8 +67,7 @@ def plan_commit(
     InvalidRequest for a projection without an upsert of its key, and for anything that needs an outbox where there
     is none: nothing is to be written then.
     """
-    projections = _first_projections(operations)
-    persisted = tuple(operation for operation in operations if not _is_projection(operation))
+    persisted, projections = _without_projections(operations)
     announcements = tuple(announcements)
     if outbox is None:
         if projections or announcements:
@@ -77,29 +76,33 @@ def plan_commit(
                 "set outboxPublishPubsub and outboxPublishTopic on its component"
             )
         return Commit(persisted, marks=marks)
-    _require_upserts(projections, persisted, logical_key)
+    if projections:
+        _require_upserts(projections, persisted, logical_key)
     records = [
-        render(occurrence, source) for occurrence in _occurrences(persisted, projections, outbox, logical_key)
-    ] + [_announce(announcement, outbox, source, logical_key) for announcement in announcements]
+        _render(operation, projections, outbox, source, logical_key(operation.key))
+        for operation in persisted
+        if isinstance(operation, Upsert) or (outbox.publishes_deletes and isinstance(operation, Delete))
+    ]
+    records += [_announce(announcement, outbox, source, logical_key) for announcement in announcements]
     return Commit(persisted, tuple(records), marks)
 
 
 def data_of(upsert: Upsert) -> Data:
     """Tell what an upsert's value is: the content type its metadata names, and whether it is JSON."""
     content_type = upsert.metadata.get("contentType") or upsert.metadata.get("datacontenttype")
-    return Data(upsert.value, content_type, is_json=not upsert.is_binary)
+    return Data(upsert.value, content_type, not upsert.is_binary)
 
 
-def _is_projection(operation: Operation) -> bool:
-    return isinstance(operation, Upsert) and is_truthy(operation.metadata.get(PROJECTION, ""))
-
-
-def _first_projections(operations: Sequence[Operation]) -> dict[str, Upsert]:
+def _without_projections(operations: Sequence[Operation]) -> tuple[tuple[Operation, ...], dict[str, Upsert]]:
+    """Take the projections out; of those of one key the first counts."""
+    persisted: list[Operation] = []
     projections: dict[str, Upsert] = {}
     for operation in operations:
-        if isinstance(operation, Upsert) and _is_projection(operation):
+        if isinstance(operation, Upsert) and operation.metadata and is_truthy(operation.metadata.get(PROJECTION, "")):
             projections.setdefault(operation.key, operation)
-    return projections
+        else:
+            persisted.append(operation)
+    return tuple(persisted), projections
 
 
 def _require_upserts(
@@ -111,34 +114,20 @@ def _require_upserts(
             raise InvalidRequest(f"the projection of {logical_key(key)!r} has no upsert of that key beside it")
 
 
-def _occurrences(
-    operations: Sequence[Operation],
-    projections: dict[str, Upsert],
-    outbox: Outbox,
-    logical_key: Callable[[str], str],
-) -> Iterable[Occurrence]:
-    for operation in operations:
-        key = logical_key(operation.key)
-        match operation:
-            case Upsert():
-                data = data_of(projections.get(operation.key, operation))
-                yield _occurrence(operation, outbox, key, DEFAULT_TYPE, "", data)
-            case Delete() if outbox.publishes_deletes:
-                yield _occurrence(operation, outbox, key, DEFAULT_TYPE + DELETED_SUFFIX, key, None)
-
-
-def _occurrence(
-    operation: Upsert | Delete, outbox: Outbox, key: str, type: str, subject: str, data: Data | None
-) -> Occurrence:
-    return Occurrence(
+def _render(
+    operation: Upsert | Delete, projections: dict[str, Upsert], outbox: Outbox, source: EventSource, key: str
+) -> OutboxRecord:
+    is_upsert = isinstance(operation, Upsert)
+    return render(
+        data_of(projections.get(operation.key, operation)) if isinstance(operation, Upsert) else None,
+        operation.metadata,
+        source,
         pubsub=outbox.pubsub,
         topic=operation.metadata.get(TOPIC) or outbox.topic,
         order_key=operation.key,
         key=key,
-        type=type,
-        subject=subject,
-        data=data,
-        metadata=operation.metadata,
+        type=DEFAULT_TYPE if is_upsert else DEFAULT_TYPE + DELETED_SUFFIX,
+        subject="" if is_upsert else key,
     )
 
 
@@ -146,15 +135,13 @@ def _announce(
     announcement: Announcement, outbox: Outbox, source: EventSource, logical_key: Callable[[str], str]
 ) -> OutboxRecord:
     # Without a key no order is promised; an id of its own spreads such events over the slices.
-    order_key = announcement.key if announcement.key is not None else source.ids.next()
-    occurrence = Occurrence(
+    return render(
+        announcement.data,
+        dict(announcement.metadata),
+        source,
         pubsub=outbox.pubsub,
         topic=announcement.topic or outbox.topic,
-        order_key=order_key,
+        order_key=source.ids.next() if announcement.key is None else announcement.key,
         key=None if announcement.key is None else logical_key(announcement.key),
         type=announcement.type,
-        subject="",
-        data=announcement.data,
-        metadata=dict(announcement.metadata),
     )
-    return render(occurrence, source)

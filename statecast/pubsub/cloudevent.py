@@ -95,13 +95,8 @@ def parse_event(body: bytes, metadata: Mapping[str, str]) -> CloudEvent:
 
 def envelope(attributes: Mapping[str, str], data: Data | None) -> bytes:
     """Build the JSON of an event: the attributes in their order, then the data; None leaves `"data": null`."""
-    members: dict[str, Any] = dict(attributes)
-    if data is None:
-        members["data"] = None
-        return orjson.dumps(members)
-    name, value = data_member(data)
-    members[name] = value
-    return orjson.dumps(members)
+    name, value = ("data", None) if data is None else data_member(data)
+    return orjson.dumps({**attributes, name: value})
 
 
 def content_type_of(data: Data) -> str:
@@ -126,7 +121,8 @@ def data_member(data: Data) -> tuple[str, Any]:
     Follows dapr pkg/runtime/pubsub/cloudevents.go: JSON as it is, byte for byte; octet streams and protobuf in
     `data_base64`; all else as text, with U+FFFD for what is no UTF-8.
     """
-    media_type = media_type_of(content_type_of(data))
+    content_type = content_type_of(data)
+    media_type = content_type if content_type == "application/json" else media_type_of(content_type)
     if media_type == "application/json" and (data.is_json or _is_json(data.body)):
         return "data", orjson.Fragment(data.body)
     body = plain_bytes(data)
@@ -150,7 +146,9 @@ def media_type_of(content_type: str) -> str:
 
 def timestamp(moment: datetime) -> str:
     """Write a time as RFC 3339 in UTC, to the millisecond: `2026-01-02T03:04:05.678Z`."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if moment.tzinfo is not UTC:
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z"
 
 
 def _is_json(body: bytes) -> bool:

@@ -20,7 +20,7 @@ from statecast.components.state.keys import key_prefix
 from statecast.components.state.log import SliceStatus
 from statecast.components.state.value import encode, with_content_type
 from statecast.errors import InvalidRequest, NotSupported, PublishFailed
-from statecast.outbox.event import EventIds, EventSource, Occurrence, render
+from statecast.outbox.event import EventIds, EventSource, render
 from statecast.outbox.progress import message_of
 from statecast.outbox.relay import Relay, RelayCounts, RelayOptions
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
@@ -138,18 +138,17 @@ class Runtime:
         broker = self._broker_named(pubsub)
         body, is_binary = encode(data)
         metadata = with_content_type(metadata, content_type)
-        occurrence = Occurrence(
+        record = render(
+            Data(body, metadata.get("contentType"), is_json=not is_binary),
+            metadata,
+            EventSource(self.app_id, self._clock.now(), trace or TraceContext(), self._event_ids),
             pubsub=pubsub,
             topic=topic,
             order_key=key or "",
             key=key,
             type=type,
-            subject="",
-            data=Data(body, metadata.get("contentType"), is_json=not is_binary),
-            metadata=metadata,
         )
-        source = EventSource(self.app_id, self._clock.now(), trace or TraceContext(), self._event_ids)
-        message = message_of(render(occurrence, source))
+        message = message_of(record)
         (outcome,) = await broker.publish([message], self._options.publish_timeout)
         if not isinstance(outcome, Published):
             raise PublishFailed(topic, [outcome.reason])
