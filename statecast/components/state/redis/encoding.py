@@ -16,12 +16,13 @@ from statecast.components.state.commit import (
     ETag,
     Item,
     KeyChange,
+    Operation,
     OutboxRecord,
     Upsert,
     collapse,
     etags_after,
 )
-from statecast.components.state.log import slice_of
+from statecast.components.state.log import LogEntry, slice_of
 from statecast.components.state.redis.keys import KeyNames
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
 
@@ -35,8 +36,13 @@ _NEVER: Final = ()
 _LARGEST_ARGUMENT = 512 * 1024 * 1024
 """Redis' proto-max-bulk-len: more than that, and the server drops the connection."""
 
-# The server's cmsgpack knows no bin type.
-_pack = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass").pack
+_packer = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass")
+
+
+def pack(value: Any) -> bytes:
+    """Pack a value for the server, whose cmsgpack knows no bin type."""
+    packed: bytes = _packer.pack(value)
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +63,25 @@ class EncodedCommit:
 def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit:
     """Bring a commit to keys and one argument. Raises InvalidRequest when it is too large."""
     contradiction = None
+    answers: list[int | str | bool] = []
     try:
         changes = collapse(commit.operations)
         operations = [_encode_change(change) for change in changes]
+        if commit.marks:
+            answers = _answers(commit.operations, changes)
     except ETagMismatch as mismatch:
         contradiction = mismatch
         changes = [KeyChange(mismatch.key, None, None)]
         operations = [(_NEVER, _ONLY_CHECK)]
     written_slices, events = _encode_records(commit.records, slices)
-    argument: bytes = _pack(
+    argument = pack(
         (
             operations,
             [_milliseconds(max(mark.ttl, timedelta(milliseconds=1))) for mark in commit.marks],
             [guard.token for guard in commit.guards],
             len(written_slices),
             events,
+            answers,
         )
     )
     if len(argument) > _LARGEST_ARGUMENT:
@@ -105,8 +115,21 @@ def decode_item(key: str, found: Reply) -> Item | None:
     return Item(key, value, ETag(version.decode()), None if expiry < 0 else from_milliseconds(expiry))
 
 
+def encode_record(record: OutboxRecord) -> dict[str, str | bytes]:
+    """Bring a record to the fields of an entry in the log, in the order in which the script takes them."""
+    return {
+        "key": record.order_key,
+        "id": record.event_id,
+        "pubsub": record.pubsub,
+        "topic": record.topic,
+        "metadata": orjson.dumps(dict(record.metadata)) if record.metadata else b"{}",
+        "format": str(record.format),
+        "body": record.body,
+    }
+
+
 def decode_record(fields: Sequence[bytes]) -> OutboxRecord:
-    """Read an entry of the log's stream, which is `key K id I pubsub P topic T metadata {…} format 1 body B`."""
+    """Read the fields of an entry, `key K id I pubsub P topic T metadata {…} format 1 body B`."""
     entry = dict(zip(fields[::2], fields[1::2], strict=True))
     return OutboxRecord(
         order_key=entry[b"key"].decode(),
@@ -117,6 +140,11 @@ def decode_record(fields: Sequence[bytes]) -> OutboxRecord:
         metadata=orjson.loads(entry[b"metadata"]),
         format=int(entry[b"format"]),
     )
+
+
+def decode_entry(slice: int, id: str, fields: Sequence[bytes]) -> LogEntry:
+    """Read an entry of the log; its id, `1700000000000-0`, begins with the time of its commit."""
+    return LogEntry(slice, id, decode_record(fields), from_milliseconds(int(id.partition("-")[0])))
 
 
 def from_milliseconds(milliseconds: int) -> datetime:
@@ -136,24 +164,27 @@ def _encode_change(change: KeyChange) -> tuple[Any, ...]:
             return (condition, _ONLY_CHECK)
 
 
+def _answers(operations: Sequence[Operation], changes: Sequence[KeyChange]) -> list[int | str | bool]:
+    """Tell how each operation is answered, for the marks to remember: by the version that a change will give its key
+    (its number, from 1), else by an etag that is known already or none."""
+    writing = {change.key: number for number, change in enumerate(changes, 1) if isinstance(change.write, Upsert)}
+    known = etags_after(operations, {})
+    return [writing.get(operation.key, etag or False) for operation, etag in zip(operations, known, strict=True)]
+
+
+def _decode_answers(packed: bytes) -> tuple[ETag | None, ...] | None:
+    """Read what a mark remembers; nothing where it was set before marks did."""
+    if not packed:
+        return None
+    return tuple(ETag(etag.decode()) if etag else None for etag in msgpack.unpackb(packed, raw=True))
+
+
 def _encode_records(records: Sequence[OutboxRecord], slices: int) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
     places: dict[int, int] = {}
     events: list[tuple[Any, ...]] = []
     for record in records:
         place = places.setdefault(slice_of(record.order_key, slices), len(places) + 1)
-        metadata = orjson.dumps(dict(record.metadata)) if record.metadata else b"{}"
-        events.append(
-            (
-                place,
-                record.order_key,
-                record.event_id,
-                record.pubsub,
-                record.topic,
-                metadata,
-                str(record.format),
-                record.body,
-            )
-        )
+        events.append((place, *encode_record(record).values()))
     return tuple(places), events
 
 
@@ -171,7 +202,7 @@ def _refusal(reply: Reply, commit: Commit, encoded: EncodedCommit) -> StatecastE
             expected = encoded.changes[index].expected
             return ETagMismatch(encoded.keys[index], None if expected is ABSENT else expected)
         case b"duplicate":
-            return Duplicate(commit.marks[index].digest)
+            return Duplicate(commit.marks[index].digest, _decode_answers(reply[2]))
         case b"fenced":
             return Fenced(commit.guards[index].type, commit.guards[index].id)
         case _:

@@ -21,6 +21,12 @@ class KeyNames:
     def lease(self, slice: int) -> str:
         return f"{self._prefix}lease:{slice}"
 
+    def deferred(self, slice: int) -> str:
+        return f"{self._prefix}deferred:{slice}"
+
+    def deferred_entries(self, slice: int) -> str:
+        return f"{self._prefix}deferred:{slice}:entries"
+
     def mark(self, mark: Mark) -> str:
         return self._mark + mark.digest.hex()
 

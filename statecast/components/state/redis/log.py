@@ -1,4 +1,7 @@
-"""The outbox log on Redis: one stream per slice, whose entry ids are the positions, and one lease hash beside each."""
+"""The outbox log on Redis: one stream per slice, whose entry ids are the positions, and one lease hash beside each.
+
+What is put aside of a stream is kept in a sorted set beside it, from the step on that trims it away.
+"""
 
 import asyncio
 from collections.abc import Collection, Sequence
@@ -11,11 +14,31 @@ from statecast.clock import Clock
 from statecast.components.redis.connection import Command, ErrorReply, NotSent, Reply, Unanswered, pack
 from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import RedisSettings
-from statecast.components.state.log import DEFAULT_SLICES, Batch, Lease, LogEntry, SliceStatus
+from statecast.components.state.log import (
+    DEFAULT_SLICES,
+    Batch,
+    Deferral,
+    DeferredKey,
+    Failure,
+    Lease,
+    LogEntry,
+    SliceStatus,
+    slice_of,
+)
 from statecast.components.state.redis.database import Database
-from statecast.components.state.redis.encoding import decode_record, from_milliseconds
+from statecast.components.state.redis.deferred import decode_entries, decode_keys, encode_deferrals, encode_failure
+from statecast.components.state.redis.encoding import decode_entry, from_milliseconds
 from statecast.components.state.redis.keys import KeyNames
-from statecast.components.state.redis.scripts import ACQUIRE, ADVANCE, HEARTBEAT, STATUS
+from statecast.components.state.redis.scripts import (
+    ACQUIRE,
+    ADVANCE,
+    DEFERRED,
+    HEARTBEAT,
+    READ_DEFERRED,
+    REPLAY,
+    SETTLE_DEFERRED,
+    STATUS,
+)
 from statecast.errors import StoreUnavailable
 
 _BLOCK: Final = timedelta(seconds=1)
@@ -77,7 +100,7 @@ class RedisOutboxLog:
             share = max(1, (limit - len(entries)) // len(hungry))
             found = await self._read([moved[slice] for slice in hungry], share)
             for slice, raw in found.items():
-                entries += [_entry(slice, id, fields) for id, fields in raw]
+                entries += [decode_entry(slice, id.decode(), fields) for id, fields in raw]
                 moved[slice] = replace(moved[slice], position=raw[-1][0].decode())
             hungry = [slice for slice, raw in found.items() if len(raw) == share]
         return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
@@ -89,15 +112,15 @@ class RedisOutboxLog:
         slices = {key.encode(): lease.slice for key, lease in zip(keys, leases, strict=True)}
         return {slices[key]: raw for key, raw in reply or ()}
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
-        """Persist the positions, trim the streams up to them and renew the leases, in one step."""
-        return await self._move(leases, _milliseconds(ttl))
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
+        """Put entries aside, persist the positions, trim the streams up to them and renew the leases, in one step."""
+        return await self._move(leases, _milliseconds(ttl), deferrals)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Persist the positions and give the leases up, in one step."""
-        await self._move(leases, "")
+        await self._move(leases, "", ())
 
-    async def _move(self, leases: Sequence[Lease], milliseconds: str) -> list[Lease]:
+    async def _move(self, leases: Sequence[Lease], milliseconds: str, deferrals: Sequence[Deferral]) -> list[Lease]:
         if not leases:
             return []
         keys: list[str] = []
@@ -105,8 +128,41 @@ class RedisOutboxLog:
         for lease in leases:
             keys += (self._names.lease(lease.slice), self._names.stream(lease.slice))
             progress += (lease.owner, str(lease.epoch), lease.position, _behind(lease.position))
-        mine = await self._database.ask(ADVANCE, len(keys), *keys, milliseconds, *progress)
+        more_keys, packed = encode_deferrals(leases, deferrals, self._names)
+        keys += more_keys
+        mine = await self._database.ask(ADVANCE, len(keys), *keys, milliseconds, packed, *progress)
         return [lease for lease, is_mine in zip(leases, mine, strict=True) if is_mine]
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        """List the keys that have entries aside; whether they are due is judged by the server's clock."""
+        slices = list(slices)
+        keys = [self._names.deferred(slice) for slice in slices]
+        return decode_keys(slices, await self._database.ask(DEFERRED, len(keys), *keys))
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        """Read the first entries that are aside of a key."""
+        entries = self._names.deferred_entries(slice)
+        return decode_entries(slice, await self._database.ask(READ_DEFERRED, 1, entries, order_key, limit))
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        """Remove what is published and note the failure of what is left, in one step, if the lease is still mine."""
+        keys = (self._names.lease(lease.slice), self._names.deferred(lease.slice))
+        entries = self._names.deferred_entries(lease.slice)
+        fence = (lease.owner, lease.epoch)
+        return bool(
+            await self._database.ask(
+                SETTLE_DEFERRED, 3, *keys, entries, *fence, order_key, encode_failure(failure), *published
+            )
+        )
+
+    async def replay(self, order_key: str | None = None) -> int:
+        """Make parked keys due now."""
+        slices = range(self.slices) if order_key is None else [slice_of(order_key, self.slices)]
+        keys = [self._names.deferred(slice) for slice in slices]
+        only = () if order_key is None else (order_key,)
+        return int(await self._database.ask(REPLAY, len(keys), *keys, *only))
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
         """Return on a commit of this process at once, on one of another by a read that the server holds."""
@@ -207,10 +263,6 @@ def _retrieve(reply: asyncio.Future[Reply]) -> None:
     """Look at an outcome that nobody else may, so that the event loop does not complain about it."""
     if not reply.cancelled():
         reply.exception()
-
-
-def _entry(slice: int, id: bytes, fields: list[bytes]) -> LogEntry:
-    return LogEntry(slice, decode_record(fields), from_milliseconds(_order(id.decode())[0]))
 
 
 def _status(slice: int, raw: Reply) -> SliceStatus:

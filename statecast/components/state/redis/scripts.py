@@ -11,23 +11,27 @@ from statecast.components.redis.pipeline import Script
 
 COMMIT: Final = Script("""
 -- KEYS: n state keys, marks, claims, streams
--- ARGV[1]: {operations, marks' milliseconds, claims' tokens, number of streams, events}
+-- ARGV[1]: {operations, marks' milliseconds, claims' tokens, number of streams, events, answers}
 --   operation: {expected (false: anything, true: absent, text: this version), kind, value, milliseconds or false}
 --   event: {stream, order key, event id, pubsub, topic, metadata, format, body}
+--   answers, for the marks to keep: the number of an operation, whose version it is; what is no number as it is
 -- returns {'ok', version or false for each operation} or {reason, index of the key, what it holds}
 local commit = cmsgpack.unpack(ARGV[1])
 local operations, marks, tokens, streams, events = commit[1], commit[2], commit[3], commit[4], commit[5]
 local n, m, g = #operations, #marks, #tokens
 
 for i = 1, m do
-  if redis.call('EXISTS', KEYS[n + i]) == 1 then return {'duplicate', i} end
+  if redis.call('EXISTS', KEYS[n + i]) == 1 then
+    local answered = redis.pcall('GET', KEYS[n + i])
+    return {'duplicate', i, type(answered) == 'string' and answered or ''}
+  end
 end
 for i = 1, g do
   local token = redis.pcall('HGET', KEYS[n + m + i], 'token')
   if type(token) == 'table' then return {'corrupt', n + m + i, 'no claim'} end
   if token ~= tokens[i] then return {'fenced', i} end
 end
-local version, is_foreign, is_marked = {}, {}, {}
+local result, is_foreign, is_marked = {'ok'}, {}, {}
 for i = 1, n do
   local operation = operations[i]
   local held = redis.pcall('HMGET', KEYS[i], 'version', 'first-write')
@@ -39,11 +43,12 @@ for i = 1, n do
   elseif expected and expected ~= current then
     return {'etag', i}
   end
+  result[i + 1] = false
   if operation[2] == 1 then
     if not current then
-      version[i] = 0
+      result[i + 1] = '1'
     elseif #current <= 15 and string.find(current, '^%d+$') then
-      version[i] = tonumber(current)
+      result[i + 1] = string.format('%d', current + 1)
     else
       return {'corrupt', i, 'a version that is no number'}
     end
@@ -56,16 +61,21 @@ for i = before + 1, before + streams do
   if kind ~= 'stream' and kind ~= 'none' then return {'corrupt', i, 'a value of type ' .. kind} end
 end
 
-for i = 1, m do redis.call('SET', KEYS[n + i], '', 'PX', marks[i]) end
+if m > 0 then
+  local answers = commit[6]
+  for i = 1, #answers do
+    if type(answers[i]) == 'number' then answers[i] = result[answers[i] + 1] end
+  end
+  local answered = cmsgpack.pack(answers)
+  for i = 1, m do redis.call('SET', KEYS[n + i], answered, 'PX', marks[i]) end
+end
 for i = 1, g do redis.call('HINCRBY', KEYS[n + m + i], 'seq', 1) end
-local result = {'ok'}
 for i = 1, n do
-  local operation, key, written = operations[i], KEYS[i], false
+  local operation, key = operations[i], KEYS[i]
   local kind = operation[2]
   if kind == 1 then
-    written = string.format('%d', version[i] + 1)
     if is_foreign[i] then redis.call('DEL', key) end
-    redis.call('HSET', key, 'data', operation[3], 'version', written)
+    redis.call('HSET', key, 'data', operation[3], 'version', result[i + 1])
     -- Dapr's marker makes its own later writes without an etag fail for ever.
     if is_marked[i] then redis.call('HDEL', key, 'first-write') end
     if operation[4] then
@@ -76,7 +86,6 @@ for i = 1, n do
   elseif kind == 2 then
     redis.call('DEL', key)
   end
-  result[i + 1] = written
 end
 for i = 1, #events do
   local event = events[i]
@@ -151,6 +160,39 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
+_EVEN_WHEN_FULL = """
+-- A full server judges memory at a script's first write, if that may take some. What lets events leave has to go on
+-- there, since it is what makes room: so it begins with a write that takes none, and changes nothing.
+redis.call('PERSIST', KEYS[1])
+"""
+
+_DEFERRED = """
+-- What is deferred of a slice are two keys. A hash, order key -> 'attempts due pending oldest reason', where due is
+-- milliseconds or 'parked'. And a sorted set of '9:orders||1,id:packed fields', all of score 0, so that the entries of
+-- one order key stand together and in commit order: their ids are padded to 41 signs.
+local function lane_of(order_key) return #order_key .. ':' .. order_key .. ',' end
+
+local function padded(id)
+  local milliseconds, counter = string.match(id, '^(%d+)-(%d+)$')
+  return string.rep('0', 20 - #milliseconds) .. milliseconds .. '-' .. string.rep('0', 20 - #counter) .. counter
+end
+
+local function note(hash, set, order_key, attempts, due, reason)
+  local lane = lane_of(order_key)
+  local low, high = '[' .. lane, '(' .. lane .. ';'
+  local first = redis.call('ZRANGEBYLEX', set, low, high, 'LIMIT', 0, 1)[1]
+  if not first then
+    redis.call('HDEL', hash, order_key)
+    return 0
+  end
+  local pending, oldest = redis.call('ZLEXCOUNT', set, low, high), string.sub(first, #lane + 1, #lane + 41)
+  redis.call('HSET', hash, order_key, table.concat({attempts, due, pending, oldest, reason}, ' '))
+  return 1
+end
+
+local function due_after(now, pause) return pause and string.format('%d', now + pause) or 'parked' end
+"""
+
 HEARTBEAT: Final = Script(
     _NOW
     + """
@@ -163,6 +205,7 @@ return redis.call('ZCARD', KEYS[1])
 
 ACQUIRE: Final = Script(
     _NOW
+    + _EVEN_WHEN_FULL
     + """
 -- KEYS: the lease of every slice; ARGV: owner, limit, milliseconds; returns {{slice, epoch, position}, ...}
 local leased = {}
@@ -180,14 +223,49 @@ return leased
 
 ADVANCE: Final = Script(
     _NOW
+    + _EVEN_WHEN_FULL
+    + _DEFERRED
     + """
--- KEYS: lease and stream of each slice; ARGV: milliseconds, or '' to give up; then owner, epoch, position, first id
--- to keep of each; returns for each whether it was still mine
+-- KEYS: lease and stream of each of n slices, then both of what is deferred of those that deferrals are about
+-- ARGV: milliseconds, or '' to give up; deferrals; then owner, epoch, position, first id to keep of each slice
+--   deferral: {number of its slice, place of its keys, order key, failure or false, {{id, packed fields}, ...}}
+--   failure: {attempts, milliseconds or false, reason}
+-- returns for each slice whether it was still mine
+local n = (#ARGV - 2) / 4
 local mine = {}
-for i = 1, #KEYS / 2 do
-  local lease, at = KEYS[2 * i - 1], 4 * i - 2
-  local held = redis.call('HMGET', lease, 'owner', 'epoch')
-  if held[1] == ARGV[at] and held[2] == ARGV[at + 1] then
+-- A key that holds something of another kind fails in these reads, before anything is written.
+for i = 1, n do
+  local held = redis.call('HMGET', KEYS[2 * i - 1], 'owner', 'epoch')
+  mine[i] = held[1] == ARGV[4 * i - 1] and held[2] == ARGV[4 * i] and 1 or 0
+  redis.call('XLEN', KEYS[2 * i])
+end
+for i = 2 * n + 1, #KEYS, 2 do
+  redis.call('HLEN', KEYS[i])
+  redis.call('ZCARD', KEYS[i + 1])
+end
+
+local deferrals = cmsgpack.unpack(ARGV[2])
+for i = 1, #deferrals do
+  local slice, place, order_key, failure, entries = unpack(deferrals[i])
+  if mine[slice] == 1 then
+    local hash, set = KEYS[place], KEYS[place + 1]
+    for j = 1, #entries do
+      local member = lane_of(order_key) .. padded(entries[j][1])
+      if redis.call('ZLEXCOUNT', set, '[' .. member .. ':', '(' .. member .. ';') == 0 then
+        redis.call('ZADD', set, 0, member .. ':' .. entries[j][2])
+      end
+    end
+    local attempts, due, reason = string.match(redis.call('HGET', hash, order_key) or '', '^(%d+) (%w+) %d+ %S+ (.*)$')
+    if not attempts then
+      failure = failure or {0, 0, ''}
+      attempts, due, reason = failure[1], due_after(now, failure[2]), failure[3]
+    end
+    note(hash, set, order_key, attempts, due, reason)
+  end
+end
+for i = 1, n do
+  if mine[i] == 1 then
+    local lease, at = KEYS[2 * i - 1], 4 * i - 1
     redis.call('HSET', lease, 'position', ARGV[at + 2])
     if ARGV[1] == '' then
       redis.call('HSET', lease, 'owner', '', 'expires_at', '0')
@@ -195,12 +273,81 @@ for i = 1, #KEYS / 2 do
       redis.call('HSET', lease, 'expires_at', string.format('%d', now + ARGV[1]))
     end
     redis.call('XTRIM', KEYS[2 * i], 'MINID', '=', ARGV[at + 3])
-    mine[i] = 1
-  else
-    mine[i] = 0
   end
 end
 return mine
+"""
+)
+
+DEFERRED: Final = Script(
+    _NOW
+    + """
+-- KEYS: the hash of what is deferred of each slice
+-- returns the time in milliseconds, then {order key, state, ...} of each slice
+local found = {now}
+for i = 1, #KEYS do found[i + 1] = redis.call('HGETALL', KEYS[i]) end
+return found
+"""
+)
+
+READ_DEFERRED: Final = Script(
+    _DEFERRED
+    + """
+-- KEYS: the entries of what is deferred of a slice; ARGV: order key, limit; returns {id, packed fields, ...}
+local lane = lane_of(ARGV[1])
+local found = redis.call('ZRANGEBYLEX', KEYS[1], '[' .. lane, '(' .. lane .. ';', 'LIMIT', 0, ARGV[2])
+local entries = {}
+for i = 1, #found do
+  entries[2 * i - 1] = string.sub(found[i], #lane + 1, #lane + 41)
+  entries[2 * i] = string.sub(found[i], #lane + 43)
+end
+return entries
+"""
+)
+
+SETTLE_DEFERRED: Final = Script(
+    _NOW
+    + _EVEN_WHEN_FULL
+    + _DEFERRED
+    + """
+-- KEYS: lease, both of what is deferred of its slice; ARGV: owner, epoch, order key, {attempts, milliseconds or false,
+-- reason}, ids that are published; returns whether any is left
+local held = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
+if held[1] ~= ARGV[1] or held[2] ~= ARGV[2] then return 1 end
+redis.call('HLEN', KEYS[2])
+redis.call('ZCARD', KEYS[3])
+local failure = cmsgpack.unpack(ARGV[4])
+
+for i = 5, #ARGV do
+  local member = lane_of(ARGV[3]) .. padded(ARGV[i])
+  redis.call('ZREMRANGEBYLEX', KEYS[3], '[' .. member .. ':', '(' .. member .. ';')
+end
+return note(KEYS[2], KEYS[3], ARGV[3], failure[1], due_after(now, failure[2]), failure[3])
+"""
+)
+
+REPLAY: Final = Script(
+    _NOW
+    + _EVEN_WHEN_FULL
+    + """
+-- KEYS: the hash of what is deferred of each slice; ARGV: the only order key, if not all; returns how many were parked
+local replayed = 0
+local function replay(hash, order_key, state)
+  local rest = string.match(state or '', '^%d+ parked (.*)$')
+  if rest then
+    redis.call('HSET', hash, order_key, string.format('0 %d ', now) .. rest)
+    replayed = replayed + 1
+  end
+end
+for i = 1, #KEYS do
+  if ARGV[1] then
+    replay(KEYS[i], ARGV[1], redis.call('HGET', KEYS[i], ARGV[1]))
+  else
+    local held = redis.call('HGETALL', KEYS[i])
+    for j = 1, #held, 2 do replay(KEYS[i], held[j], held[j + 1]) end
+  end
+end
+return replayed
 """
 )
 
