@@ -14,14 +14,25 @@ starts. What logs of several stores on one database owe each other is in `Shared
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from uuid import uuid4
 
 import pytest
 
 from statecast.components.state.commit import Commit, Concurrency, ETag, OutboxRecord, Upsert
-from statecast.components.state.log import Batch, Lease, LogEntry, OutboxLog, SliceStatus, slice_of
+from statecast.components.state.log import (
+    Batch,
+    Deferral,
+    DeferredKey,
+    Failure,
+    Lease,
+    LogEntry,
+    OutboxLog,
+    SliceStatus,
+    slice_of,
+)
 from statecast.components.state.store import StateStore
 from statecast.components.testing.deadline import PATIENCE, until
 from statecast.errors import ETagMismatch
@@ -29,6 +40,20 @@ from statecast.errors import ETagMismatch
 StoreFactory = Callable[[], StateStore]
 
 HOUR = timedelta(hours=1)
+
+NO_TIME = timedelta(0)
+
+RECORDS = {
+    "plain": OutboxRecord("orders||1", "id-1", "pubsub", "orders", b'{"specversion": "1.0"}'),
+    "unicode": OutboxRecord("orders||é鍵🔑", "id ü", "pub sub", "größe.🚀", b"", {}),
+    "every byte": OutboxRecord(
+        "", "id", "pubsub", "orders", bytes(range(256)), {"": "", " ": "\n", "é": "🔑", "a'\"": "\\"}
+    ),
+    "large": OutboxRecord("orders||" + "k" * 500, "i" * 200, "p", "t" * 249, b"x" * 1_000_000, {"partitionKey": "k"}),
+    "another format": OutboxRecord(
+        "orders||1", "id-1", "pubsub", "orders", b"\x00\xff", {"a": "1", "A": "2"}, format=7
+    ),
+}
 
 
 class OutboxLogContract:
@@ -174,17 +199,7 @@ class OutboxLogContract:
 
         assert (batch.entries, batch.leases) == ((), ())
 
-    @pytest.mark.parametrize(
-        "record",
-        [
-            OutboxRecord("orders||1", "id-1", "pubsub", "orders", b'{"specversion": "1.0"}'),
-            OutboxRecord("orders||é鍵🔑", "id ü", "pub sub", "größe.🚀", b"", {}),
-            OutboxRecord("", "id", "pubsub", "orders", bytes(range(256)), {"": "", " ": "\n", "é": "🔑", "a'\"": "\\"}),
-            OutboxRecord("orders||" + "k" * 500, "i" * 200, "p", "t" * 249, b"x" * 1_000_000, {"partitionKey": "k"}),
-            OutboxRecord("orders||1", "id-1", "pubsub", "orders", b"\x00\xff", {"a": "1", "A": "2"}, format=7),
-        ],
-        ids=["plain", "unicode", "every byte", "large", "another format"],
-    )
+    @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
     async def test_a_record_is_read_as_it_was_written(
         self, store: StateStore, log: OutboxLog, record: OutboxRecord
     ) -> None:
@@ -272,6 +287,20 @@ class OutboxLogContract:
         found = await read_all(log, await acquire_all(log), limit=limit)
 
         assert by_key(entry.record for entry in found) == by_key(records)
+
+    async def test_an_entry_has_the_same_id_at_every_read_and_no_other_of_its_slice_has_it(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, *(new_record(f"orders||{number % 30}") for number in range(150)))
+        await append(store, *(new_record(f"orders||{number % 30}") for number in range(150)))
+
+        first = await read_all(log, await log.acquire("first", log.slices, self.short_ttl), limit=11)
+        second = await read_all(log, await take_over(log, "second"), limit=17)
+
+        assert {(entry.slice, entry.id): entry for entry in first} == {
+            (entry.slice, entry.id): entry for entry in second
+        }
+        assert len({(entry.slice, entry.id) for entry in first}) == len(first) == 300
 
     async def test_a_read_keeps_about_to_its_limit(self, store: StateStore, log: OutboxLog) -> None:
         await append(store, *(new_record(f"orders||{number % 50}") for number in range(2_000)))
@@ -459,6 +488,428 @@ class OutboxLogContract:
             assert len(await drain(log)) == 20
             await log.trim()
 
+    # Putting aside
+
+    async def test_a_log_with_nothing_aside_says_so(self, log: OutboxLog) -> None:
+        (lease, *_) = await acquire_all(log)
+
+        assert await log.deferred(range(log.slices)) == []
+        assert await log.read_deferred(lease.slice, "orders||1", 100) == []
+        assert await log.settle_deferred(lease, "orders||1", [], None) is False
+        assert await log.replay() == await log.replay("orders||1") == 0
+
+    async def test_entries_are_put_aside_together_with_the_position_behind_them(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, *(new_record(f"orders||{key}") for key in (1, 2, 1, 3, 1)))
+        batch = await read_to_the_end(log, await log.acquire("first", log.slices, self.short_ttl))
+        aside = of_key("orders||1", batch)
+
+        kept = await log.advance(batch.leases, self.short_ttl, [Deferral(aside, failed(attempts=1))])
+
+        assert by_slice(kept) == by_slice(batch.leases)
+        assert await read_aside(log, "orders||1") == aside
+        assert await read_aside(log, "orders||2") == ()
+        assert await read_all(log, await take_over(log, "second")) == []
+
+    @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
+    async def test_an_entry_aside_is_read_as_it_was_in_the_log(
+        self, store: StateStore, log: OutboxLog, record: OutboxRecord
+    ) -> None:
+        await append(store, record)
+
+        _, (entry,) = await put_aside(log, record.order_key, failed(attempts=1))
+
+        (read,) = await read_aside(log, record.order_key)
+        assert read == entry
+        assert read.record == record
+        assert dict(read.record.metadata) == dict(record.metadata)
+
+    async def test_entries_aside_are_read_in_commit_order_up_to_the_limit(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        for number in range(0, 2_500, 500):
+            await append(store, *(new_record("orders||1", str(number + n)) for n in range(500)))
+
+        _, aside = await put_aside(log, "orders||1", failed(attempts=1))
+
+        assert ids_of(aside) == [str(number) for number in range(2_500)]
+        assert await read_aside(log, "orders||1", limit=2_000) == aside[:2_000]
+        assert await read_aside(log, "orders||1", limit=1) == aside[:1]
+        assert await read_aside(log, "orders||1", limit=10_000) == aside
+
+    async def test_entries_that_follow_queue_up_behind_and_leave_the_failure_as_it_is(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, new_record("orders||1", "0"), new_record("orders||1", "1"))
+        leases, _ = await put_aside(log, "orders||1", failed(attempts=1, pause=HOUR, reason="first"))
+        (before,) = await log.deferred(range(log.slices))
+        for number in range(2, 14):
+            await append(store, new_record("orders||1", str(number)))
+            leases, _ = await put_aside(log, "orders||1", None, leases=leases)
+
+        assert ids_of(await read_aside(log, "orders||1")) == [str(number) for number in range(14)]
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.reason, key.is_due, key.is_parked) == (1, "first", False, False)
+        assert (key.pending, key.oldest_at) == (14, before.oldest_at)
+
+    async def test_putting_aside_what_is_aside_already_changes_nothing(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record("orders||1", str(number)) for number in range(5)))
+        batch = await read_to_the_end(log, await acquire_all(log))
+        entries = of_key("orders||1", batch)
+        await log.advance(batch.leases, HOUR, [Deferral(entries[:2], failed(attempts=3, pause=HOUR, reason="first"))])
+        deferrals = [Deferral(entries[:2], failed(attempts=1, pause=NO_TIME, reason="again")), Deferral(entries, None)]
+
+        for _ in range(2):
+            assert len(await log.advance(batch.leases, HOUR, deferrals)) == log.slices
+
+        assert await read_aside(log, "orders||1") == entries
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.reason, key.is_due, key.pending) == (3, "first", False, 5)
+
+    async def test_entries_meant_to_queue_up_where_nothing_is_aside_any_more_are_due_at_once(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        """Whoever did not learn that a key was un-deferred must not park it for ever."""
+        await append(store, new_record("orders||1"))
+
+        _, aside = await put_aside(log, "orders||1", None)
+
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.is_due, key.is_parked) == (0, True, False)
+        assert await read_aside(log, "orders||1") == aside
+
+    async def test_one_advance_puts_entries_of_many_keys_and_slices_aside(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        keys = [f"orders||{number}" for number in range(60)]
+        for number in range(4):
+            await append(store, *(new_record(key, f"{key}#{number}") for key in keys))
+
+        await put_each_aside(log, dict.fromkeys(keys, failed(attempts=1)))
+
+        assert sorted(key.order_key for key in await log.deferred(range(log.slices))) == sorted(keys)
+        for key in keys:
+            assert ids_of(await read_aside(log, key)) == [f"{key}#{number}" for number in range(4)]
+
+    async def test_a_lease_that_was_taken_over_puts_nothing_aside(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"))
+        frozen = await read_to_the_end(log, await log.acquire("frozen", log.slices, self.short_ttl))
+        owned = await take_over(log, "owner")
+
+        deferral = Deferral(of_key("orders||1", frozen), failed(attempts=1))
+        assert await log.advance(frozen.leases, HOUR, [deferral]) == []
+
+        assert await log.deferred(range(log.slices)) == []
+        assert await read_aside(log, "orders||1") == ()
+        assert len(await read_all(log, owned)) == 1
+
+    async def test_a_released_lease_puts_nothing_aside(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"))
+        leases = await acquire_all(log)
+        batch = await read_to_the_end(log, leases)
+        await log.release(leases)
+
+        deferral = Deferral(of_key("orders||1", batch), failed(attempts=1))
+        assert await log.advance(batch.leases, HOUR, [deferral]) == []
+
+        assert await log.deferred(range(log.slices)) == []
+        assert len(await drain(log)) == 1
+
+    async def test_a_lost_lease_does_not_keep_the_others_from_putting_aside(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        keys = ["orders||1", other_slice("orders||1", log.slices)]
+        await append(store, *(new_record(key) for key in keys))
+        batch = await read_to_the_end(log, await acquire_all(log))
+        (lost,) = (lease for lease in batch.leases if lease.slice == slice_of(keys[0], log.slices))
+        await log.release([lost])
+
+        deferrals = [Deferral(of_key(key, batch), failed(attempts=1)) for key in keys]
+        kept = await log.advance(batch.leases, HOUR, deferrals)
+
+        assert len(kept) == log.slices - 1
+        assert [key.order_key for key in await log.deferred(range(log.slices))] == keys[1:]
+        assert await read_aside(log, keys[0]) == ()
+
+    async def test_entries_of_a_slice_whose_lease_is_not_given_are_not_put_aside(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, new_record("orders||1"))
+        batch = await read_to_the_end(log, await acquire_all(log))
+        others = [lease for lease in batch.leases if lease.slice != slice_of("orders||1", log.slices)]
+
+        await log.advance(others, HOUR, [Deferral(of_key("orders||1", batch), failed(attempts=1))])
+
+        assert await log.deferred(range(log.slices)) == []
+
+    async def test_a_key_aside_is_told_with_its_failure_and_its_oldest_entry(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        for number in range(3):
+            await append(store, new_record("orders||é鍵🔑", str(number)))
+
+        _, aside = await put_aside(
+            log, "orders||é鍵🔑", failed(attempts=4, pause=HOUR, reason="größe 🚀: 'too \"big\"'\n")
+        )
+
+        assert await log.deferred(range(log.slices)) == [
+            DeferredKey(
+                slice=slice_of("orders||é鍵🔑", log.slices),
+                order_key="orders||é鍵🔑",
+                attempts=4,
+                reason="größe 🚀: 'too \"big\"'\n",
+                is_due=False,
+                is_parked=False,
+                pending=3,
+                oldest_at=aside[0].created_at,
+            )
+        ]
+
+    async def test_keys_aside_are_told_of_the_slices_asked_for(self, store: StateStore, log: OutboxLog) -> None:
+        keys = ["orders||1", other_slice("orders||1", log.slices)]
+        await append(store, *(new_record(key) for key in keys))
+        await put_each_aside(log, dict.fromkeys(keys, failed(attempts=1)))
+
+        told = {key: await log.deferred({slice_of(key, log.slices)}) for key in keys}
+
+        assert {key: [each.order_key for each in found] for key, found in told.items()} == {key: [key] for key in keys}
+        assert await log.deferred([]) == []
+
+    async def test_keys_aside_are_told_in_the_order_in_which_they_are_due(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        pauses = {"a": HOUR, "b": None, "c": NO_TIME, "d": 3 * HOUR, "e": 2 * HOUR, "f": timedelta(minutes=1)}
+        await append(store, *(new_record(key) for key in pauses))
+        await put_each_aside(log, {key: Failure(1, pause, "refused") for key, pause in pauses.items()})
+
+        keys = await log.deferred(range(log.slices))
+
+        assert [key.order_key for key in keys] == ["c", "f", "a", "e", "d", "b"]
+        assert [(key.is_due, key.is_parked) for key in keys] == [(True, False), *[(False, False)] * 4, (False, True)]
+
+    async def test_a_key_aside_is_due_after_its_pause(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"))
+        leases, _ = await put_aside(log, "orders||1", failed(attempts=1, pause=timedelta(milliseconds=300)))
+        await until_due(log, "orders||1")
+
+        is_left = await settle(log, leases, "orders||1", [], failed(attempts=2, pause=timedelta(milliseconds=300)))
+
+        (key,) = await log.deferred(range(log.slices))
+        assert is_left
+        assert (key.attempts, key.is_due) == (2, False)
+        await until_due(log, "orders||1")
+
+    async def test_what_is_aside_is_not_pending_in_the_log(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record("orders||1") for _ in range(5)))
+
+        await put_aside(log, "orders||1", failed(attempts=1))
+
+        statuses = await log.status()
+        assert {(status.pending, status.oldest_at) for status in statuses} == {(0, None)}
+
+    async def test_what_is_aside_outlives_trimming(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record("orders||1") for _ in range(5)))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=1))
+        for _ in range(3):
+            await append(store, *(new_record("orders||2") for _ in range(5)))
+            leases = await log.advance((await read_to_the_end(log, leases)).leases, HOUR)
+
+            await log.trim()
+
+        assert await read_aside(log, "orders||1") == aside
+        assert [key.pending for key in await log.deferred(range(log.slices))] == [5]
+
+    async def test_the_next_owner_finds_what_is_aside(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"), new_record("orders||1"))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=2, reason="too large"))
+        await log.release(leases)
+
+        owned = await acquire_all(log)
+
+        (key,) = await log.deferred([lease.slice for lease in owned])
+        assert (key.order_key, key.attempts, key.reason, key.pending) == ("orders||1", 2, "too large", 2)
+        assert await read_aside(log, "orders||1") == aside
+        assert await settle(log, owned, "orders||1", [entry.id for entry in aside], None) is False
+
+    # Settling what is aside
+
+    async def test_a_key_of_which_everything_is_published_is_not_aside_any_more(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, *(new_record(f"orders||{number % 2}") for number in range(6)))
+        leases = await put_each_aside(log, dict.fromkeys(["orders||0", "orders||1"], failed(attempts=1)))
+        aside = {key: await read_aside(log, key) for key in ("orders||0", "orders||1")}
+
+        is_left = await settle(log, leases, "orders||0", [entry.id for entry in aside["orders||0"]], None)
+
+        assert is_left is False
+        assert [key.order_key for key in await log.deferred(range(log.slices))] == ["orders||1"]
+        assert await read_aside(log, "orders||0") == ()
+        assert await read_aside(log, "orders||1") == aside["orders||1"]
+
+    async def test_the_failure_of_the_first_entry_left_is_noted(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record("orders||1", str(number)) for number in range(5)))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=7, pause=NO_TIME, reason="before"))
+
+        published = [aside[0].id, aside[1].id, aside[3].id]
+        is_left = await settle(log, leases, "orders||1", published, failed(attempts=1, pause=HOUR, reason="after"))
+
+        assert is_left is True
+        assert await read_aside(log, "orders||1") == (aside[2], aside[4])
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.reason, key.is_due, key.is_parked) == (1, "after", False, False)
+        assert (key.pending, key.oldest_at) == (2, aside[2].created_at)
+
+    async def test_a_key_of_which_nothing_was_published_notes_the_failure(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, new_record("orders||1"), new_record("orders||1"))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=9, pause=NO_TIME))
+
+        is_left = await settle(log, leases, "orders||1", [], Failure(10, None, "parked now"))
+
+        assert is_left is True
+        assert await read_aside(log, "orders||1") == aside
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.reason, key.is_due, key.is_parked) == (10, "parked now", False, True)
+
+    async def test_what_is_left_without_a_failure_is_due_at_once_with_no_attempts(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        await append(store, *(new_record("orders||1") for _ in range(3)))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=5, pause=HOUR))
+
+        is_left = await settle(log, leases, "orders||1", [entry.id for entry in aside[:2]], None)
+
+        assert is_left is True
+        assert await read_aside(log, "orders||1") == aside[2:]
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.is_due, key.is_parked) == (0, True, False)
+
+    async def test_settling_twice_is_no_error(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record("orders||1") for _ in range(3)))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=1))
+        first, rest = [aside[0].id], [entry.id for entry in aside[1:]]
+
+        told = [await settle(log, leases, "orders||1", first, failed(attempts=2)) for _ in range(2)]
+        told += [await settle(log, leases, "orders||1", rest, None) for _ in range(2)]
+
+        assert told == [True, True, False, False]
+        assert await log.deferred(range(log.slices)) == []
+
+    async def test_ids_of_another_key_are_not_settled(self, store: StateStore, log: OutboxLog) -> None:
+        same_slice = other_key_of_the_slice("orders||1", log.slices)
+        await append(store, new_record("orders||1"), new_record(same_slice))
+        leases = await put_each_aside(log, dict.fromkeys(("orders||1", same_slice), failed(attempts=1)))
+        before = await read_aside(log, "orders||1")
+
+        is_left = await settle(log, leases, same_slice, [entry.id for entry in before], failed(attempts=1))
+
+        assert is_left is True
+        assert await read_aside(log, "orders||1") == before
+        assert len(await read_aside(log, same_slice)) == 1
+
+    async def test_thousands_of_entries_are_settled_at_once(self, store: StateStore, log: OutboxLog) -> None:
+        for _ in range(10):
+            await append(store, *(new_record("orders||1") for _ in range(300)))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=1))
+
+        is_left = await settle(log, leases, "orders||1", [entry.id for entry in aside[:2_999]], failed(attempts=1))
+
+        assert is_left is True
+        assert await read_aside(log, "orders||1") == aside[2_999:]
+
+    async def test_a_key_that_was_settled_can_be_put_aside_again(self, store: StateStore, log: OutboxLog) -> None:
+        leases = await acquire_all(log)
+        for number in range(3):
+            await append(store, new_record("orders||1", str(number)))
+            leases, aside = await put_aside(log, "orders||1", failed(attempts=number + 1, pause=HOUR), leases=leases)
+
+            (key,) = await log.deferred(range(log.slices))
+            assert (key.attempts, key.pending, key.is_due) == (number + 1, 1, False)
+            assert ids_of(aside) == [str(number)]
+            assert await settle(log, leases, "orders||1", [entry.id for entry in aside], None) is False
+
+    @pytest.mark.parametrize("lost", ["taken over", "released"])
+    async def test_a_lease_that_was_lost_settles_nothing(self, store: StateStore, log: OutboxLog, lost: str) -> None:
+        await append(store, new_record("orders||1"), new_record("orders||1"))
+        leases, aside = await put_aside(log, "orders||1", failed(attempts=1, pause=HOUR, reason="first"))
+        await log.release(leases)
+        if lost == "taken over":
+            await acquire_all(log)
+
+        told = [
+            await settle(log, leases, "orders||1", [aside[0].id], Failure(2, None, "second")),
+            await settle(log, leases, "orders||1", [entry.id for entry in aside], None),
+        ]
+
+        assert told == [True, True]
+        assert await read_aside(log, "orders||1") == aside
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.reason, key.is_parked, key.is_due) == (1, "first", False, False)
+
+    async def test_a_lease_that_was_lost_is_told_that_there_is_some_left_where_nothing_is(self, log: OutboxLog) -> None:
+        lost = await acquire_all(log)
+        await log.release(lost)
+
+        assert await settle(log, lost, "orders||1", [], None) is True
+
+    # Replaying
+
+    async def test_replay_makes_every_parked_key_due_with_its_attempts_forgotten(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        keys = [f"orders||{number}" for number in range(20)]
+        await append(store, *(new_record(key) for key in keys))
+        parked = dict.fromkeys(keys[2:], Failure(10, None, "too large"))
+        await put_each_aside(log, {**parked, **dict.fromkeys(keys[:2], failed(attempts=3, pause=HOUR))})
+
+        assert await log.replay() == 18
+
+        found = {key.order_key: key for key in await log.deferred(range(log.slices))}
+        states = {name: (key.attempts, key.is_due, key.is_parked) for name, key in found.items()}
+        assert states == {
+            **dict.fromkeys(keys[2:], (0, True, False)),
+            **dict.fromkeys(keys[:2], (3, False, False)),
+        }
+        assert await log.replay() == 0
+
+    async def test_replay_of_one_key_leaves_the_others_parked(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, *(new_record(f"orders||{number}") for number in range(3)))
+        await put_each_aside(
+            log, dict.fromkeys(["orders||0", "orders||1", "orders||2"], Failure(10, None, "too large"))
+        )
+
+        assert await log.replay("orders||1") == 1
+
+        found = {key.order_key: key for key in await log.deferred(range(log.slices))}
+        assert {name: (key.attempts, key.is_due, key.is_parked) for name, key in found.items()} == {
+            "orders||0": (10, False, True),
+            "orders||1": (0, True, False),
+            "orders||2": (10, False, True),
+        }
+        assert await log.replay("orders||1") == await log.replay("orders||none") == 0
+
+    async def test_a_key_that_is_not_parked_cannot_be_replayed(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"))
+        await put_aside(log, "orders||1", failed(attempts=3, pause=HOUR))
+
+        assert await log.replay("orders||1") == await log.replay() == 0
+
+        (key,) = await log.deferred(range(log.slices))
+        assert (key.attempts, key.is_due) == (3, False)
+
+    async def test_replay_takes_no_lease_and_fences_nobody(self, store: StateStore, log: OutboxLog) -> None:
+        await append(store, new_record("orders||1"), new_record("orders||1"))
+        leases, aside = await put_aside(log, "orders||1", Failure(10, None, "too large"))
+
+        await log.replay()
+
+        assert await read_aside(log, "orders||1") == aside
+        assert await settle(log, leases, "orders||1", [entry.id for entry in aside], None) is False
+        assert len(await log.advance(leases, HOUR)) == log.slices
+
     # Status
 
     async def test_the_status_of_an_untouched_log_tells_of_every_slice(self, log: OutboxLog) -> None:
@@ -624,20 +1075,18 @@ async def read_some(log: OutboxLog, leases: Sequence[Lease], *, limit: int) -> B
 
 
 async def read_all(log: OutboxLog, leases: Sequence[Lease], *, limit: int = 1_000) -> list[LogEntry]:
-    entries, _ = await _read_to_the_end(log, leases, limit)
-    return entries
+    return list((await read_to_the_end(log, leases, limit=limit)).entries)
 
 
 async def drain(log: OutboxLog) -> list[OutboxRecord]:
     """Read everything that is unread, and move the persisted positions behind it."""
-    entries, leases = await _read_to_the_end(log, await acquire_all(log), 1_000)
-    await log.release(leases)
-    return [entry.record for entry in entries]
+    batch = await read_to_the_end(log, await acquire_all(log))
+    await log.release(batch.leases)
+    return [entry.record for entry in batch.entries]
 
 
-async def _read_to_the_end(
-    log: OutboxLog, leases: Sequence[Lease], limit: int
-) -> tuple[list[LogEntry], Sequence[Lease]]:
+async def read_to_the_end(log: OutboxLog, leases: Sequence[Lease], *, limit: int = 1_000) -> Batch:
+    """Read everything that is unread, as one batch."""
     entries: list[LogEntry] = []
     empty_reads = 0
     # One read may find nothing and only move a position on to where more is visible.
@@ -646,7 +1095,70 @@ async def _read_to_the_end(
         leases = batch.leases
         entries.extend(batch.entries)
         empty_reads = 0 if batch.entries else empty_reads + 1
-    return entries, leases
+    return Batch(tuple(entries), tuple(leases))
+
+
+def failed(*, attempts: int, pause: timedelta = HOUR, reason: str = "refused") -> Failure:
+    return Failure(attempts, pause, reason)
+
+
+async def put_aside(
+    log: OutboxLog, order_key: str, failure: Failure | None, *, leases: Sequence[Lease] | None = None
+) -> tuple[list[Lease], tuple[LogEntry, ...]]:
+    """Put all that is unread of a key aside and pass what is unread of others; return the leases and the entries."""
+    batch = await read_to_the_end(log, await acquire_all(log) if leases is None else leases)
+    entries = of_key(order_key, batch)
+    assert entries, f"nothing of {order_key!r} is unread"
+    kept = await log.advance(batch.leases, HOUR, [Deferral(entries, failure)])
+    assert len(kept) == log.slices
+    return kept, entries
+
+
+async def put_each_aside(log: OutboxLog, failures: Mapping[str, Failure]) -> list[Lease]:
+    """Put all that is unread of each of these keys aside, in one step."""
+    batch = await read_to_the_end(log, await acquire_all(log))
+    deferrals = [Deferral(of_key(key, batch), failure) for key, failure in failures.items()]
+    return await log.advance(batch.leases, HOUR, deferrals)
+
+
+async def settle(
+    log: OutboxLog, leases: Sequence[Lease], order_key: str, published: Sequence[str], failure: Failure | None
+) -> bool:
+    """Settle under the lease of the key's slice."""
+    (lease,) = (lease for lease in leases if lease.slice == slice_of(order_key, log.slices))
+    return await log.settle_deferred(lease, order_key, published, failure)
+
+
+async def read_aside(log: OutboxLog, order_key: str, *, limit: int = 10_000) -> tuple[LogEntry, ...]:
+    return tuple(await log.read_deferred(slice_of(order_key, log.slices), order_key, limit))
+
+
+async def until_due(log: OutboxLog, order_key: str) -> None:
+    async def is_due() -> bool:
+        return any(key.is_due and key.order_key == order_key for key in await log.deferred(range(log.slices)))
+
+    await until(is_due)
+
+
+def of_key(order_key: str, batch: Batch) -> tuple[LogEntry, ...]:
+    return tuple(entry for entry in batch.entries if entry.record.order_key == order_key)
+
+
+def ids_of(entries: Iterable[LogEntry]) -> list[str]:
+    return [entry.record.event_id for entry in entries]
+
+
+def other_slice(order_key: str, slices: int) -> str:
+    """Make an order key of another slice."""
+    return next(key for key in _more_keys(order_key) if slice_of(key, slices) != slice_of(order_key, slices))
+
+
+def other_key_of_the_slice(order_key: str, slices: int) -> str:
+    return next(key for key in _more_keys(order_key) if slice_of(key, slices) == slice_of(order_key, slices))
+
+
+def _more_keys(order_key: str) -> Iterable[str]:
+    return (f"{order_key}-{number}" for number in count())
 
 
 def by_slice(leases: Iterable[Lease]) -> list[Lease]:

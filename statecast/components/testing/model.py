@@ -29,7 +29,9 @@ class Model:
     """What a store must hold. It says the rules once more, in its own way, and shares no code with the backends."""
 
     rows: dict[str, tuple[bytes, ETag]] = field(default_factory=dict)
-    marks: set[bytes] = field(default_factory=set)
+    marks: dict[bytes, tuple[ETag | None, ...]] = field(default_factory=dict)
+    """By digest, what the commit that set the mark was answered."""
+
     claims: dict[tuple[str, str], Guard] = field(default_factory=dict)
     records: list[OutboxRecord] = field(default_factory=list)
 
@@ -56,7 +58,7 @@ class Model:
                     self.rows[key] = (value, etag or ETag(""))
                 case Delete(key=key):
                     self.rows.pop(key, None)
-        self.marks.update(mark.digest for mark in commit.marks)
+        self.marks.update({mark.digest: etags for mark in commit.marks})
         self.records.extend(commit.records)
 
     def etags_after(self, commit: Commit) -> tuple[ETag | None, ...]:
@@ -124,13 +126,14 @@ class Lane:
 
     async def _expect(self, refusals: set[type[StatecastError]], commit: Commit) -> None:
         expected = " or ".join(refusal.__name__ for refusal in refusals)
+        refusal: StatecastError | None = None
         try:
-            etags = await self._store.transact(commit)
+            await self._store.transact(commit)
         except (Duplicate, Fenced, ETagMismatch) as error:
-            if type(error) not in refusals:
-                raise AssertionError(f"not {expected} for {commit}") from error
-        else:
-            raise AssertionError(f"{etags} instead of {expected} for {commit}")
+            refusal = error
+        assert type(refusal) in refusals, f"{refusal!r} instead of {expected} for {commit}"
+        if isinstance(refusal, Duplicate):
+            assert refusal.etags == self.model.marks[refusal.digest], commit
 
     async def _compare(self, commit: Commit | None) -> None:
         stored = {item.key: (item.value, item.etag) for item in await self._store.bulk_get(self._keys) if item}

@@ -41,6 +41,7 @@ from statecast.components.state.commit import (
     OutboxRecord,
     Upsert,
 )
+from statecast.components.state.log import Failure
 from statecast.components.state.store import StateStore
 from statecast.components.testing.deadline import PATIENCE, until
 from statecast.components.testing.log import (
@@ -53,8 +54,11 @@ from statecast.components.testing.log import (
     by_slice,
     drain,
     new_record,
+    put_each_aside,
     read_all,
+    read_aside,
     read_some,
+    settle,
     take_over,
 )
 from statecast.components.testing.model import Lane
@@ -491,13 +495,68 @@ class StateStoreContract:
         assert await etag_of(store, "orders||1") == etag
         assert await drain(store.log) == list(once.records)
 
+    async def test_a_duplicate_tells_what_the_first_commit_was_answered(self, store: StateStore) -> None:
+        kept = await put(store, "orders||kept", b"1")
+        await put(store, "orders||gone", b"1")
+        once = commit(
+            Upsert("orders||1", b"1"),
+            Check("orders||kept", kept),
+            Delete("orders||gone"),
+            Check("orders||none", None),
+            Upsert("orders||2", b"1"),
+            Upsert("orders||1", b"2"),
+            Delete("orders||2"),
+            marks=[new_mark()],
+        )
+        answer = await store.transact(once)
+        await put(store, "orders||1", b"3")
+        await store.transact(commit(Delete("orders||kept")))
+
+        for _ in range(2):
+            assert await first_answer(store, once) == answer
+
+    async def test_a_duplicate_tells_the_answer_of_the_commit_that_its_mark_came_with(self, store: StateStore) -> None:
+        """Also where another commit, of another length, brings the same mark as one of several."""
+        first, second, unset = new_mark(), new_mark(), new_mark()
+        answers = [
+            await store.transact(commit(Upsert("orders||1", b"1"), Upsert("orders||2", b"1"), marks=[first])),
+            await store.transact(commit(Upsert("orders||1", b"2"), marks=[second])),
+        ]
+
+        told = [await first_answer(store, commit(Delete("orders||1"), marks=[unset, mark])) for mark in (first, second)]
+
+        assert told == answers
+
+    async def test_each_mark_of_a_commit_tells_its_answer(self, store: StateStore) -> None:
+        marks = [new_mark() for _ in range(3)]
+        answer = await store.transact(commit(Upsert("orders||1", b"1"), marks=marks))
+
+        assert [await first_answer(store, commit(marks=[mark])) for mark in marks] == [answer] * 3
+
+    async def test_a_mark_tells_the_answer_of_a_commit_of_a_thousand_operations(self, store: StateStore) -> None:
+        operations = [Upsert(f"orders||{number}", b"1") for number in range(1_000)]
+        once = commit(*operations, marks=[new_mark()])
+
+        answer = await store.transact(once)
+
+        assert await first_answer(store, once) == answer
+
+    async def test_a_commit_that_was_refused_leaves_no_answer(self, store: StateStore) -> None:
+        once = commit(Upsert("orders||1", b"1", etag=ETag("stale")), marks=[new_mark()])
+        with pytest.raises(ETagMismatch):
+            await store.transact(once)
+
+        again = commit(Upsert("orders||1", b"1"), marks=once.marks)
+        answer = await store.transact(again)
+
+        assert await first_answer(store, once) == answer
+
     async def test_marks_alone_are_a_commit(self, store: StateStore) -> None:
         mark = new_mark()
 
         assert await store.transact(commit(marks=[mark])) == ()
 
-        with pytest.raises(Duplicate):
-            await store.transact(commit(marks=[mark]))
+        assert await first_answer(store, commit(marks=[mark])) == ()
 
     async def test_marks_are_told_apart_by_every_byte(self, store: StateStore) -> None:
         digests = [bytes(16), bytes(15) + b"\x01", b"\x01" + bytes(15), b"\xff" * 16, b"aaaaaaaaaaaaaaaa", b"A" * 16]
@@ -547,15 +606,15 @@ class StateStoreContract:
 
     async def test_a_mark_that_was_forgotten_and_set_again_holds_for_its_new_time(self, store: StateStore) -> None:
         digest = uuid4().bytes
-        await store.transact(commit(marks=[Mark(digest, self.short_ttl)]))
+        await store.transact(commit(Upsert("orders||1", b"1"), marks=[Mark(digest, self.short_ttl)]))
+        again = commit(Upsert("orders||1", b"2"), marks=[Mark(digest, HOUR)])
 
         async def is_set_again() -> bool:
-            return await is_applied(store, commit(marks=[Mark(digest, HOUR)]))
+            return await is_applied(store, again)
 
         await until(is_set_again)
 
-        with pytest.raises(Duplicate):
-            await store.transact(commit(marks=[Mark(digest, HOUR)]))
+        assert await first_answer(store, again) == (await etag_of(store, "orders||1"),)
 
     async def test_one_of_many_commits_with_the_same_mark_is_applied(self, store: StateStore) -> None:
         mark = new_mark()
@@ -566,7 +625,9 @@ class StateStoreContract:
 
         outcomes = await asyncio.gather(*(store.transact(each) for each in commits), return_exceptions=True)
 
-        assert sum(isinstance(outcome, Duplicate) for outcome in outcomes) == 29
+        (answer,) = (outcome for outcome in outcomes if isinstance(outcome, tuple))
+        duplicates = [outcome for outcome in outcomes if isinstance(outcome, Duplicate)]
+        assert [duplicate.etags for duplicate in duplicates] == [answer] * 29
         stored = values(await store.bulk_get([f"orders||{number}" for number in range(30)]))
         assert [value is not None for value in stored] == [isinstance(outcome, tuple) for outcome in outcomes]
         assert len(await drain(store.log)) == 1
@@ -842,7 +903,7 @@ class SharedStateStoreContract(StateStoreContract):
         mark, record = new_mark(), new_record("orders||1")
         async with make_store() as store:
             guard = await store.directory.claim("Cart", "leroy")
-            await store.transact(
+            answer = await store.transact(
                 commit(
                     Upsert("orders||1", b"1"),
                     Upsert("orders||2", b"\xff", is_binary=True, ttl=HOUR),
@@ -855,8 +916,7 @@ class SharedStateStoreContract(StateStoreContract):
         async with make_store() as store:
             assert await store.bulk_get(["orders||1", "orders||2"]) == before
             await store.transact(commit(Upsert("orders||1", b"2"), guards=[guard]))
-            with pytest.raises(Duplicate):
-                await store.transact(commit(marks=[mark]))
+            assert await first_answer(store, commit(marks=[mark])) == answer
             assert await drain(store.log) == [record]
 
     async def test_positions_and_epochs_of_the_log_are_kept_over_a_reopen(self, make_store: StoreFactory) -> None:
@@ -872,6 +932,23 @@ class SharedStateStoreContract(StateStoreContract):
 
         assert [entry.record for entry in (*batch.entries, *rest)] == records
         assert all(new.epoch > old.epoch for new, old in zip(by_slice(leases), by_slice(batch.leases), strict=True))
+
+    async def test_what_is_aside_is_kept_over_a_reopen(self, make_store: StoreFactory) -> None:
+        async with make_store() as store:
+            await store.transact(commit(records=[new_record("orders||1", str(number)) for number in range(10)]))
+            await store.transact(commit(records=[new_record("orders||2")]))
+            failures = {"orders||1": Failure(3, HOUR, "refused"), "orders||2": Failure(10, None, "too large")}
+            leases = await put_each_aside(store.log, failures)
+            keys = await store.log.deferred(range(store.log.slices))
+            aside = await read_aside(store.log, "orders||1")
+            await store.log.trim()
+            await store.log.release(leases)
+
+        async with make_store() as store:
+            assert await store.log.deferred(range(store.log.slices)) == keys
+            assert await read_aside(store.log, "orders||1") == aside
+            ids = [entry.id for entry in aside]
+            assert await settle(store.log, await acquire_all(store.log), "orders||1", ids, None) is False
 
     async def test_a_log_that_was_read_and_trimmed_to_the_end_goes_on_after_a_reopen(
         self, make_store: StoreFactory
@@ -956,7 +1033,9 @@ class SharedStateStoreContract(StateStoreContract):
 
         outcomes = await asyncio.gather(store.transact(once), other.transact(once), return_exceptions=True)
 
-        assert sum(isinstance(outcome, Duplicate) for outcome in outcomes) == 1
+        (answer,) = (outcome for outcome in outcomes if isinstance(outcome, tuple))
+        (duplicate,) = (outcome for outcome in outcomes if isinstance(outcome, Duplicate))
+        assert duplicate.etags == answer
 
     async def test_a_claim_by_one_store_fences_the_other(self, store: StateStore, other: StateStore) -> None:
         first = await store.directory.claim("Cart", "leroy")
@@ -1014,6 +1093,25 @@ class SharedStateStoreContract(StateStoreContract):
 
         assert [entry.record for entry in await read_all(other.log, owned)] == records
         assert len(await other.log.advance(owned, HOUR)) == other.log.slices
+
+    async def test_what_one_store_put_aside_the_other_replays_and_settles(
+        self, store: StateStore, other: StateStore
+    ) -> None:
+        await store.transact(commit(records=[new_record("orders||1"), new_record("orders||1")]))
+        leases = await put_each_aside(store.log, {"orders||1": Failure(10, None, "too large")})
+        aside = await read_aside(store.log, "orders||1")
+
+        replayed = await other.log.replay()
+
+        (key,) = await store.log.deferred(range(store.log.slices))
+        assert (replayed, key.is_due, key.pending) == (1, True, 2)
+        await store.log.release(leases)
+        owned = await acquire_all(other.log)
+        ids = [entry.id for entry in await read_aside(other.log, "orders||1")]
+        assert ids == [entry.id for entry in aside]
+        assert await settle(store.log, leases, "orders||1", ids, None) is True
+        assert await settle(other.log, owned, "orders||1", ids, None) is False
+        assert await store.log.deferred(range(store.log.slices)) == []
 
     async def test_relays_of_both_stores_are_counted(self, store: StateStore, other: StateStore) -> None:
         counts = [await store.log.heartbeat("first", HOUR), await other.log.heartbeat("second", HOUR)]
@@ -1125,6 +1223,13 @@ async def is_applied(store: StateStore, wanted: Commit) -> bool:
     except (ETagMismatch, Duplicate, Fenced):
         return False
     return True
+
+
+async def first_answer(store: StateStore, repeated: Commit) -> tuple[str | None, ...] | None:
+    """Commit what carries a mark that is set; tell what the commit that set it was answered."""
+    with pytest.raises(Duplicate) as raised:
+        await store.transact(repeated)
+    return raised.value.etags
 
 
 async def is_refused(store: StateStore, key: str, *operations: Operation) -> bool:

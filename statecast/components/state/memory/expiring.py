@@ -21,9 +21,6 @@ class Expiring(Generic[K, V]):
     def get(self, key: K, now: datetime) -> V | None:
         return None if self._has_ended(key, now) else self._values.get(key)
 
-    def has(self, key: K, now: datetime) -> bool:
-        return key in self._values and not self._has_ended(key, now)
-
     def put(self, key: K, value: V, ends_at: datetime | None) -> None:
         self.discard(key)
         self._values[key] = value

@@ -30,6 +30,7 @@ _row_number = itemgetter(0)
 
 _LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
 _FAR_AWAY: Final = datetime.max.replace(tzinfo=UTC)
+_NO_FAILURE: Final = Failure(0, timedelta(0), "")
 
 
 @dataclass(slots=True)
@@ -79,8 +80,8 @@ class _Slice:
 
     def defer(self, deferral: Deferral, now: datetime) -> None:
         aside = self.deferred.setdefault(deferral.entries[0].record.order_key, _Aside())
-        if deferral.failure is not None and not aside.entries:
-            aside.fail(deferral.failure, now)
+        if not aside.entries:
+            aside.fail(deferral.failure or _NO_FAILURE, now)
         for entry in deferral.entries:
             aside.entries.setdefault(entry.id, entry)
 
@@ -91,7 +92,7 @@ class _Slice:
         if not aside.entries:
             self.deferred.pop(order_key, None)
             return False
-        aside.fail(failure or Failure(0, timedelta(0), ""), now)
+        aside.fail(failure or _NO_FAILURE, now)
         return True
 
     def deferred_keys(self, now: datetime) -> list[tuple[datetime, DeferredKey]]:

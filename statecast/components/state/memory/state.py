@@ -42,7 +42,7 @@ class MemoryStateStore:
         self._clock = clock
         self._lifetime = Lifetime(component.name)
         self._items: Expiring[str, Item] = Expiring()
-        self._marks: Expiring[bytes, None] = Expiring()
+        self._marks: Expiring[bytes, tuple[ETag | None, ...]] = Expiring()
         self._versions = count(1)
         self._log = MemoryOutboxLog(clock, self._lifetime)
         self._directory = MemoryDirectory(self._lifetime)
@@ -88,8 +88,9 @@ class MemoryStateStore:
 
     def _check_marks(self, commit: Commit, now: datetime) -> None:
         for mark in commit.marks:
-            if self._marks.has(mark.digest, now):
-                raise Duplicate(mark.digest)
+            answer = self._marks.get(mark.digest, now)
+            if answer is not None:
+                raise Duplicate(mark.digest, answer)
 
     def _check_guards(self, commit: Commit) -> None:
         for guard in commit.guards:
@@ -117,7 +118,7 @@ class MemoryStateStore:
         for item in items.values():
             self._items.put(item.key, item, item.expires_at)
         for digest, ends_at in marks.items():
-            self._marks.put(digest, None, ends_at)
+            self._marks.put(digest, answer, ends_at)
         self._log.append(commit.records, now)
         return answer
 
