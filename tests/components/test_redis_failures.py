@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import redis
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, Consistency, Delete, ETag, Mark, OutboxRecord, Upsert
+from statecast.components.state.log import Deferral, Failure
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, Duplicate, ETagMismatch, OutcomeUnknown, StatecastError, StoreUnavailable
@@ -327,6 +329,52 @@ async def test_a_commit_that_frees_memory_first_is_applied_as_a_whole_or_not_at_
 
         assert [item is None for item in items] == ([True, False] if is_applied else [False, True])
         assert pending == is_applied
+
+
+async def test_events_leave_a_full_server_and_make_room(server: PrivateServer) -> None:
+    """Else nobody but its operator could bring a server back that an absent broker has filled."""
+    minute = timedelta(minutes=1)
+    async with redis_store(server.address) as store:
+        keys = ["orders||1", "orders||2"]
+        await store.transact(Commit((), tuple(replace(RECORD, order_key=key) for key in keys)))
+        run(server.address, "CONFIG", "SET", "maxmemory", "1")
+
+    async with redis_store(server.address) as store:
+        log = store.log
+        relays = await log.heartbeat("relay", minute)
+        leases = await log.acquire("relay", 16, minute)
+        batch = await log.read(leases, 10)
+        refused = {entry.record.order_key: entry for entry in batch.entries}["orders||1"]
+        kept = await log.advance(batch.leases, minute, [Deferral((refused,), Failure(10, None, "too large"))])
+        pending = sum(status.pending for status in await log.status())
+        replayed = await log.replay()
+        (lease,) = [lease for lease in kept if lease.slice == refused.slice]
+        is_left = await log.settle_deferred(lease, "orders||1", [], Failure(1, minute, "still too large"))
+        waits = await log.deferred(range(16))
+        is_left_then = await log.settle_deferred(lease, "orders||1", [refused.id], None)
+        await log.release(kept)
+
+        assert await error_of(store, put("orders||1")) is StoreUnavailable
+        assert (relays, len(kept), pending, replayed, is_left, is_left_then) == (1, 16, 0, 1, True, False)
+        assert [(key.attempts, key.is_parked) for key in waits] == [(1, False)]
+
+
+async def test_what_is_aside_outlives_its_server(server: PrivateServer) -> None:
+    minute = timedelta(minutes=1)
+    async with redis_store(server.address) as store:
+        await store.transact(Commit((), (RECORD, RECORD)))
+        batch = await store.log.read(await store.log.acquire("relay", 16, minute), 10)
+        deferral = Deferral(batch.entries, Failure(3, timedelta(hours=1), "no"))
+        kept = await store.log.advance(batch.leases, minute, [deferral])
+        before = await store.log.deferred(range(16))
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.restart)
+        await until(lambda: is_up(store))
+
+        assert await store.log.deferred(range(16)) == before
+        assert await store.log.read_deferred(batch.entries[0].slice, RECORD.order_key, 10) == list(batch.entries)
+        assert await store.log.advance(kept, minute, [deferral]) == kept
+        assert await store.log.deferred(range(16)) == before
 
 
 async def test_a_replica_refuses_a_commit(server: PrivateServer) -> None:

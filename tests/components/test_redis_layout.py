@@ -1,10 +1,12 @@
 """What stands in the database, seen by a client that knows nothing of the store."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgpack  # type: ignore[import-untyped]  # has no stubs
 import pytest
 import redis
 
@@ -21,9 +23,10 @@ from statecast.components.state.commit import (
     OutboxRecord,
     Upsert,
 )
+from statecast.components.state.log import Deferral, Failure
 from statecast.components.state.redis.keys import KeyNames
 from statecast.components.state.redis.state import RedisStateStore
-from statecast.errors import CorruptState, ETagMismatch, Fenced
+from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, StoreUnavailable
 
 STREAMS = "statecast:orders:statestore:outbox"
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b'{"id": "\xff"}', {"partitionKey": "1"})
@@ -36,10 +39,13 @@ def raw(redis_url: str) -> redis.Redis:
 
 @pytest.fixture
 async def store(redis_url: str) -> AsyncIterator[RedisStateStore]:
-    metadata = {"redisHost": urlsplit(redis_url).netloc, "redisDB": urlsplit(redis_url).path.strip("/")}
-    component = Component("statestore", "state.redis", "v1", metadata)
-    async with RedisStateStore(component, app_id="orders", clock=SystemClock()) as opened:
+    async with redis_store(redis_url) as opened:
         yield opened
+
+
+def redis_store(url: str) -> RedisStateStore:
+    metadata = {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/")}
+    return RedisStateStore(Component("statestore", "state.redis", "v1", metadata), app_id="orders", clock=SystemClock())
 
 
 def run(raw: redis.Redis, *words: str | bytes | int) -> Any:
@@ -170,12 +176,15 @@ async def test_a_version_that_cannot_be_counted_on_refuses_the_whole_commit(
 async def test_all_our_own_keys_have_the_prefix(store: RedisStateStore, raw: redis.Redis) -> None:
     guard = await store.directory.claim("Cart", "leroy")
     await store.log.heartbeat("relay", timedelta(seconds=10))
-    await store.log.acquire("relay", 1, timedelta(seconds=10))
+    leases = await store.log.acquire("relay", 16, timedelta(seconds=10))
     await store.transact(Commit((), (RECORD,), (Mark(b"m" * 16, timedelta(seconds=10)),), (guard,)))
+    entries = (await store.log.read(leases, 10)).entries
+    await store.log.advance(leases, timedelta(seconds=10), [Deferral(entries, Failure(1, None, "no"))])
 
     keys = [key.decode() for key in run(raw, "KEYS", "*")]
 
-    assert len(keys) == 6
+    # Registry, relays, leases; claim, mark, stream; both of what is deferred.
+    assert len(keys) == 1 + 1 + 16 + 3 + 2
     assert all(key.startswith("statecast:orders:statestore:") for key in keys)
 
 
@@ -211,14 +220,68 @@ async def test_what_is_advanced_over_leaves_the_stream(store: RedisStateStore, r
     assert run(raw, "XLEN", stream) == 0
 
 
+async def test_what_is_put_aside_is_a_state_by_order_key_and_an_entry_that_has_all_its_fields(
+    store: RedisStateStore, raw: redis.Redis
+) -> None:
+    await store.transact(Commit((), (RECORD, RECORD)))
+    (stream,) = run(raw, "KEYS", f"{STREAMS}:*")
+    in_stream = run(raw, "XRANGE", stream, "-", "+")
+    batch = await store.log.read(await store.log.acquire("relay", 16, timedelta(minutes=1)), 10)
+
+    await store.log.advance(batch.leases, timedelta(minutes=1), [Deferral(batch.entries, Failure(10, None, "too big"))])
+
+    slice = batch.entries[0].slice
+    first = f"{in_stream[0][0].partition(b'-')[0].decode():0>20}-{'0' * 20}"
+    state = fields_of(raw, f"statecast:orders:statestore:deferred:{slice}")
+    members = run(raw, "ZRANGE", f"statecast:orders:statestore:deferred:{slice}:entries", 0, -1)
+    assert run(raw, "XLEN", stream) == 0
+    assert state == {b"orders||1": f"10 parked 2 {first} too big".encode()}
+    assert members[0].startswith(f"9:orders||1,{first}:".encode())
+    assert [_unpacked_fields(member) for member in members] == [fields for _, fields in in_stream]
+
+
+def _unpacked_fields(member: bytes) -> dict[bytes, bytes]:
+    flat = msgpack.unpackb(member.partition(b",")[2].partition(b":")[2], raw=True)
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+async def test_nothing_is_left_of_what_was_aside_and_is_settled(store: RedisStateStore, raw: redis.Redis) -> None:
+    await store.transact(Commit((), (RECORD, RECORD)))
+    batch = await store.log.read(await store.log.acquire("relay", 16, timedelta(minutes=1)), 10)
+    (lease,) = [lease for lease in batch.leases if lease.slice == batch.entries[0].slice]
+    await store.log.advance(batch.leases, timedelta(minutes=1), [Deferral(batch.entries, Failure(1, None, "no"))])
+
+    await store.log.settle_deferred(lease, "orders||1", [entry.id for entry in batch.entries], None)
+
+    assert run(raw, "KEYS", "*:deferred:*") == []
+
+
+async def test_keys_that_begin_alike_are_put_aside_apart(raw: redis.Redis, redis_url: str) -> None:
+    run(raw, "HSET", STREAMS, "slices", "1")
+    keys = ["1", "11", "1,0", "", "1:", "2:1"]
+    async with redis_store(redis_url) as single:
+        for key in keys:
+            await single.transact(Commit((), (replace(RECORD, order_key=key),)))
+        batch = await single.log.read(await single.log.acquire("relay", 1, timedelta(minutes=1)), 10)
+        deferrals = [Deferral((entry,), Failure(1, None, "no")) for entry in batch.entries]
+        await single.log.advance(batch.leases, timedelta(minutes=1), deferrals)
+
+        read = {key: await single.log.read_deferred(0, key, 10) for key in keys}
+        assert not await single.log.settle_deferred(batch.leases[0], "1", [read["1"][0].id], None)
+        left = await single.log.deferred([0])
+
+    assert {key: [entry.record.order_key for entry in entries] for key, entries in read.items()} == {
+        key: [key] for key in keys
+    }
+    assert sorted(key.order_key for key in left) == sorted(set(keys) - {"1"})
+
+
 async def test_a_log_keeps_the_number_of_slices_that_it_was_made_with(
     store: RedisStateStore, raw: redis.Redis, redis_url: str
 ) -> None:
     run(raw, "HSET", STREAMS, "slices", "5")
-    metadata = {"redisHost": urlsplit(redis_url).netloc, "redisDB": urlsplit(redis_url).path.strip("/")}
-    component = Component("statestore", "state.redis", "v1", metadata)
 
-    async with RedisStateStore(component, app_id="orders", clock=SystemClock()) as other:
+    async with redis_store(redis_url) as other:
         assert other.log.slices == 5
         assert len(await other.log.status()) == 5
 
@@ -229,6 +292,28 @@ async def test_a_mark_is_a_key_that_expires(store: RedisStateStore, raw: redis.R
     left = run(raw, "PTTL", "statecast:orders:statestore:mark:000102030405060708090a0b0c0d0e0f")
 
     assert 60_000 < left <= 100_000
+
+
+async def test_a_mark_holds_what_each_operation_was_answered(store: RedisStateStore, raw: redis.Redis) -> None:
+    mark = Mark(bytes(16), timedelta(seconds=100))
+    run(raw, "HSET", "orders||2", "data", "1", "version", "41")
+
+    await store.transact(
+        Commit((Upsert("orders||2", b"1"), Delete("orders||1"), Upsert("orders||2", b"2")), (), (mark,))
+    )
+
+    assert msgpack.unpackb(run(raw, "GET", f"statecast:orders:statestore:mark:{'0' * 32}")) == ["42", False, "42"]
+
+
+async def test_a_mark_without_an_answer_refuses_and_tells_none(store: RedisStateStore, raw: redis.Redis) -> None:
+    """An earlier version wrote such marks; they hold for days."""
+    run(raw, "SET", f"statecast:orders:statestore:mark:{'0' * 32}", "", "PX", "60000")
+
+    with pytest.raises(Duplicate) as duplicate:
+        await store.transact(Commit((Upsert("orders||1", b"1"),), (), (Mark(bytes(16), timedelta(seconds=100)),)))
+
+    assert duplicate.value.etags is None
+    assert run(raw, "EXISTS", "orders||1") == 0
 
 
 async def test_a_claim_counts_the_commits_made_under_it(store: RedisStateStore, raw: redis.Redis) -> None:
@@ -267,6 +352,26 @@ async def test_what_is_not_ours_in_the_place_of_our_keys_refuses_the_whole_commi
 
     assert run(raw, "EXISTS", "orders||1", names.mark(mark)) == 0
     assert fields_of(raw, "orders||0") == {b"data": b"1", b"version": b"1"}
+
+
+@pytest.mark.parametrize("name_of", [KeyNames.stream, KeyNames.deferred, KeyNames.deferred_entries])
+async def test_what_is_not_ours_in_the_place_of_the_logs_keys_refuses_a_whole_advance(
+    store: RedisStateStore, raw: redis.Redis, name_of: Callable[[KeyNames, int], str]
+) -> None:
+    names = KeyNames("orders", "statestore")
+    await store.transact(Commit((), (RECORD, replace(RECORD, order_key="orders||2"))))
+    batch = await store.log.read(await store.log.acquire("relay", 16, timedelta(minutes=1)), 10)
+    deferrals = [Deferral((entry,), Failure(1, None, "no")) for entry in batch.entries]
+    good, broken = (entry.slice for entry in batch.entries)
+    run(raw, "SET", name_of(names, broken), "text")
+
+    with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+        await store.log.advance(batch.leases, timedelta(minutes=1), deferrals)
+
+    assert good != broken
+    assert await store.log.deferred([good]) == []
+    assert run(raw, "XLEN", names.stream(good)) == 1
+    assert [fields_of(raw, names.lease(slice)).get(b"position") for slice in range(16)] == [None] * 16
 
 
 def test_no_name_reaches_into_the_keys_of_another() -> None:

@@ -57,9 +57,7 @@ class RedisOutboxLog:
         self._waiting: set[_Waiter] = set()
 
     async def __aenter__(self) -> Self:
-        registry = self._names.registry
-        await self._database.command("HSETNX", registry, "slices", DEFAULT_SLICES)
-        self._slices = int(await self._database.command("HGET", registry, "slices"))
+        self._slices = int(await self._registered_slices() or await self._register())
         await self._news.__aenter__()
         return self
 
@@ -68,6 +66,13 @@ class RedisOutboxLog:
     ) -> None:
         self._slices = None
         await self._news.__aexit__(kind, error, traceback)
+
+    async def _registered_slices(self) -> Reply:
+        return await self._database.command("HGET", self._names.registry, "slices")
+
+    async def _register(self) -> Reply:
+        await self._database.command("HSETNX", self._names.registry, "slices", DEFAULT_SLICES)
+        return await self._registered_slices()
 
     @property
     def slices(self) -> int:
