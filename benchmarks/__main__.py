@@ -15,7 +15,15 @@ try:
 except ImportError:
     from asyncio import run  # type: ignore[assignment]
 
-BENCHMARKS = ("postgresql_transact", "redis_transact", "sqlite_transact", "kafka_publish", "relay", "latency")
+BENCHMARKS = (
+    "postgresql_transact",
+    "redis_transact",
+    "sqlite_transact",
+    "kafka_publish",
+    "events",
+    "relay",
+    "latency",
+)
 
 
 async def measure_all(names: Sequence[str]) -> list[Ratio]:

@@ -218,6 +218,7 @@ class Relay:
         try:
             await self._persist()
             await self._log.release(self._progress.settled())
+            await self._log.heartbeat(self._name, timedelta(0))
         except (StoreUnavailable, OutcomeUnknown) as error:
             logger.warning("relay %s: leases were not given back, they run out by themselves: %s", self._name, error)
 

@@ -307,6 +307,13 @@ async def test_relays_share_the_slices_and_take_over_those_of_one_that_leaves(st
         await deadline.until(is_all_of_one)
 
 
+async def test_a_relay_that_has_left_is_not_counted_any_more(store: MemoryStateStore) -> None:
+    async with relaying(store.log, ScriptedBroker(), "one", replace(QUICK, lease=timedelta(hours=1))):
+        pass
+
+    assert await store.log.heartbeat("two", timedelta(hours=1)) == 1
+
+
 async def test_a_relay_that_was_frozen_past_its_lease_publishes_nothing_out_of_order(store: MemoryStateStore) -> None:
     taken: list[str] = []
     frozen, other = ScriptedBroker(), ScriptedBroker()

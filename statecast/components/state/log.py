@@ -114,7 +114,10 @@ class OutboxLog(Protocol):
     def slices(self) -> int: ...
 
     async def heartbeat(self, owner: str, ttl: timedelta) -> int:
-        """Tell that relay `owner` lives for `ttl` from now on; return how many relays live, this one included."""
+        """Tell that relay `owner` lives for `ttl` from now on; return how many relays live, this one included.
+
+        A `ttl` of zero tells that it has gone: no other one counts it any more.
+        """
         ...
 
     async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
