@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +24,17 @@ class Child:
         self.was_killed = False
 
     @classmethod
-    async def start(cls, script: Path, *arguments: str, log: Path) -> Self:
-        """Start the script; what it writes to its standard error is appended to `log`."""
+    async def start(
+        cls, script: Path, *arguments: str, log: Path, environment: Mapping[str, str] | None = None
+    ) -> Self:
+        """Start the script, with more variables in its environment; its standard error is appended to `log`."""
         with log.open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, str(script), *arguments),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
+                env={**os.environ, **(environment or {})},
                 # A group of its own, but of this session: the kernel wakes a frozen child whose parent has died.
                 process_group=0,
             )
@@ -93,8 +97,9 @@ class Children:
         for child in self._all:
             await asyncio.shield(child._process.wait())
 
-    async def start(self, script: Path, *arguments: str) -> Child:
-        child = await Child.start(script, *arguments, log=self._logs / f"child-{len(self._all) + 1}.log")
+    async def start(self, script: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
+        log = self._logs / f"child-{len(self._all) + 1}.log"
+        child = await Child.start(script, *arguments, log=log, environment=environment)
         self._all.append(child)
         return child
 
