@@ -558,7 +558,7 @@ class OutboxLogContract:
         batch = await read_to_the_end(log, await acquire_all(log))
         entries = of_key("orders||1", batch)
         await log.advance(batch.leases, HOUR, [Deferral(entries[:2], failed(attempts=3, pause=HOUR, reason="first"))])
-        deferrals = [Deferral(entries[:2], failed(attempts=1, pause=NO_TIME, reason="again")), Deferral(entries, None)]
+        deferrals = [Deferral(entries, None), Deferral(entries[:2], failed(attempts=1, pause=NO_TIME, reason="again"))]
 
         for _ in range(2):
             assert len(await log.advance(batch.leases, HOUR, deferrals)) == log.slices

@@ -1,7 +1,7 @@
 """The outbox log on SQLite. Writers are serial here, so ids are in commit order and an id is a safe position."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -9,11 +9,11 @@ from itertools import chain
 from typing import Any, cast
 
 import apsw
-import orjson
 
-from statecast.components.state.commit import OutboxRecord
-from statecast.components.state.log import Batch, Lease, LogEntry, SliceStatus
+from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
+from statecast.components.state.sqlite import deferred
 from statecast.components.state.sqlite.database import Database
+from statecast.components.state.sqlite.entries import ENTRY_COLUMNS, entry_of
 from statecast.components.state.sqlite.rows import utc
 from statecast.components.state.sqlite.schema import RegisteredLog
 
@@ -87,43 +87,42 @@ class SqliteOutboxLog:
         # Asked before the rows, which show at least what was committed by then: so empty slices move on too.
         reached = _number(cursor.execute(f'SELECT ifnull(max(id), 0) FROM "{self._log.outbox}"'))
         condition, bindings = _behind(positions)
-        statement = f"""SELECT id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at
+        statement = f"""SELECT {ENTRY_COLUMNS}
             FROM "{self._log.outbox}" WHERE {condition} ORDER BY id LIMIT ?"""
         entries: list[LogEntry] = []
         room = _READ_BYTES
         # A cursor of its own, closed where reading stops: one that is left halfway would keep the log from shrinking.
         with closing(cursor.connection.execute(statement, (*bindings, limit))) as rows:
             for row in rows:
-                id, entry = _entry(row)
-                entries.append(entry)
+                entries.append(entry := entry_of(row))
                 room -= len(entry.record.body)
                 if len(entries) == limit or room <= 0:
-                    return entries, id
-                reached = max(reached, id)
+                    return entries, int(entry.id)
+                reached = max(reached, int(entry.id))
         return entries, reached
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
-        statement = """UPDATE statecast_slices SET position = ?, expires_at = unixepoch('subsec') + ?
-            WHERE log = ? AND slice = ? AND epoch = ? AND owner = ? RETURNING slice"""
-
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         def persist(cursor: apsw.Cursor) -> list[Lease]:
-            return [
-                lease
-                for lease in leases
-                if cursor.execute(
-                    statement,
-                    (
-                        int(lease.position),
-                        ttl.total_seconds(),
-                        self._log.number,
-                        lease.slice,
-                        lease.epoch,
-                        lease.owner,
-                    ),
-                ).fetchall()
-            ]
+            mine = [lease for lease in leases if self._move(cursor, lease, ttl)]
+            slices = {lease.slice for lease in mine}
+            for deferral in deferrals:
+                if deferral.entries[0].slice in slices:
+                    deferred.put_aside(cursor, self._log, deferral)
+            return mine
 
         return await self._database.write(persist) if leases else []
+
+    def _move(self, cursor: apsw.Cursor, lease: Lease, ttl: timedelta) -> bool:
+        """Persist the position of a lease that is mine still, and renew it; else tell that it is not."""
+        statement = """UPDATE statecast_slices SET position = ?, expires_at = unixepoch('subsec') + ?
+            WHERE log = ? AND slice = ? AND epoch = ? AND owner = ?"""
+        bindings = (int(lease.position), ttl.total_seconds(), self._log.number, lease.slice, lease.epoch, lease.owner)
+        cursor.execute(statement, bindings)
+        return cursor.connection.changes() == 1
+
+    def _is_mine(self, cursor: apsw.Cursor, lease: Lease) -> bool:
+        select = "SELECT 1 FROM statecast_slices WHERE log = ? AND slice = ? AND epoch = ? AND owner = ?"
+        return bool(cursor.execute(select, (self._log.number, lease.slice, lease.epoch, lease.owner)).fetchall())
 
     async def release(self, leases: Sequence[Lease]) -> None:
         statement = """UPDATE statecast_slices SET position = ?, owner = NULL, expires_at = 0
@@ -136,6 +135,23 @@ class SqliteOutboxLog:
 
         if leases:
             await self._database.write(give_up)
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        return await self._database.read(lambda cursor: deferred.list_keys(cursor, self._log, sorted(slices)))
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        return await self._database.read(lambda cursor: deferred.read_entries(cursor, self._log, order_key, limit))
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        def settle(cursor: apsw.Cursor) -> bool:
+            return not self._is_mine(cursor, lease) or deferred.settle(cursor, self._log, order_key, published, failure)
+
+        return await self._database.write(settle)
+
+    async def replay(self, order_key: str | None = None) -> int:
+        return await self._database.write(lambda cursor: deferred.replay(cursor, self._log, order_key))
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
         loop = asyncio.get_running_loop()
@@ -206,13 +222,6 @@ class SqliteOutboxLog:
             SliceStatus(slice, owner, epoch, str(position), pending, None if oldest is None else utc(oldest))
             for slice, owner, epoch, position, pending, oldest in await self._database.read(query)
         ]
-
-
-def _entry(row: tuple[Any, ...]) -> tuple[int, LogEntry]:
-    id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at = row
-    fields = orjson.loads(metadata) if metadata != "{}" else {}
-    record = OutboxRecord(order_key, event_id, pubsub, topic, body, fields, format)
-    return id, LogEntry(slice, record, utc(created_at))
 
 
 async def _wait_for(bell: asyncio.Event, seconds: float) -> None:

@@ -8,7 +8,7 @@ import apsw
 from statecast.components.state.log import DEFAULT_SLICES
 from statecast.components.state.sqlite.config import SqliteConfig
 
-VERSION = 1
+VERSION = 2
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 """The database's clock as text in UTC, to the millisecond: `2026-01-02 03:04:05.250`.
@@ -63,6 +63,7 @@ CREATE TABLE IF NOT EXISTS statecast_marks (
   log INTEGER NOT NULL,
   digest BLOB NOT NULL,
   expires_at REAL NOT NULL,
+  etags TEXT,
   PRIMARY KEY (log, digest)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS statecast_marks_expiration ON statecast_marks (expires_at);
@@ -74,7 +75,32 @@ CREATE TABLE IF NOT EXISTS statecast_claims (
   claimed_at TEXT NOT NULL,
   PRIMARY KEY (app_id, type, id)
 ) WITHOUT ROWID;
-INSERT INTO statecast_schema (version) VALUES (1) ON CONFLICT DO NOTHING;
+CREATE TABLE IF NOT EXISTS statecast_deferred_keys (
+  log INTEGER NOT NULL,
+  order_key TEXT NOT NULL,
+  slice INTEGER NOT NULL,
+  attempts INTEGER NOT NULL,
+  reason TEXT NOT NULL,
+  due_at REAL,
+  pending INTEGER NOT NULL,
+  oldest_at TEXT NOT NULL,
+  PRIMARY KEY (log, order_key)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS statecast_deferred_entries (
+  log INTEGER NOT NULL,
+  id INTEGER NOT NULL,
+  slice INTEGER NOT NULL,
+  order_key TEXT NOT NULL,
+  event_id TEXT NOT NULL,
+  format INTEGER NOT NULL,
+  pubsub TEXT NOT NULL,
+  topic TEXT NOT NULL,
+  metadata TEXT NOT NULL,
+  created_at TEXT NOT NULL,
+  body BLOB NOT NULL,
+  PRIMARY KEY (log, order_key, id)
+);
+INSERT INTO statecast_schema (version) VALUES ({version}) ON CONFLICT DO NOTHING;
 """
 
 # AUTOINCREMENT: a table that was trimmed empty must not begin again at 1, where every position has passed.
@@ -114,7 +140,8 @@ def migrate(connection: apsw.Connection, config: SqliteConfig) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute(_DAPR_TABLES.format(state=config.table, metadata=config.metadata_table))
-        connection.execute(_OUR_TABLES)
+        connection.execute(_OUR_TABLES.format(version=VERSION))
+        _let_marks_remember_etags(connection)
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
@@ -135,6 +162,13 @@ def register_log(cursor: apsw.Cursor, app_id: str, component: str) -> Registered
         "INSERT INTO statecast_slices (log, slice) VALUES (?, ?)", [(log.number, slice) for slice in range(log.slices)]
     )
     return log
+
+
+def _let_marks_remember_etags(connection: apsw.Connection) -> None:
+    # Schema 1 had marks without them. A process of that version that is still running leaves the column null.
+    columns = {str(row[1]) for row in connection.execute("PRAGMA table_info(statecast_marks)")}
+    if "etags" not in columns:
+        connection.execute("ALTER TABLE statecast_marks ADD COLUMN etags TEXT")
 
 
 def _is_current(connection: apsw.Connection, config: SqliteConfig) -> bool:

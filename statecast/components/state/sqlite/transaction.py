@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import apsw
 import orjson
@@ -20,17 +20,16 @@ from statecast.components.state.commit import (
     Guard,
     Mark,
     Operation,
-    OutboxRecord,
     Upsert,
     collapse,
     etags_after,
 )
-from statecast.components.state.log import slice_of
+from statecast.components.state.sqlite.entries import RECORD_COLUMNS, RecordRow, record_row
 from statecast.components.state.sqlite.schema import NOW, RegisteredLog
 from statecast.errors import Duplicate, ETagMismatch, Fenced, InvalidRequest
 
 UpsertRow = tuple[str, str, bool, ETag, str | None]
-RecordRow = tuple[int, str, str, int, str, str, str, bytes]
+MarkRow = tuple[int, bytes, float, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +56,13 @@ def statements(table: str, log: RegisteredLog) -> Statements:
               etag = excluded.etag, expiration_time = excluded.expiration_time, update_time = excluded.update_time""",
         delete=f'DELETE FROM "{table}" WHERE key = ?',
         append=f"""INSERT INTO "{log.outbox}"
-            (slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at)
+            ({RECORD_COLUMNS}, created_at)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?, {NOW})""",
         claim="SELECT 1 FROM statecast_claims WHERE app_id = ? AND type = ? AND id = ? AND token = ?",
-        find_mark="""SELECT 1 FROM statecast_marks
+        find_mark="""SELECT etags FROM statecast_marks
             WHERE log = ? AND digest = ? AND expires_at > unixepoch('subsec')""",
-        set_mark="""INSERT OR REPLACE INTO statecast_marks (log, digest, expires_at)
-            VALUES (?, ?, unixepoch('subsec') + ?)""",
+        set_mark="""INSERT OR REPLACE INTO statecast_marks (log, digest, expires_at, etags)
+            VALUES (?, ?, unixepoch('subsec') + ?, ?)""",
     )
 
 
@@ -84,8 +83,7 @@ class Transaction:
 
     statements: Statements
     app_id: str
-    log: int
-    marks: tuple[Mark, ...]
+    marks: list[MarkRow]
     guards: tuple[Guard, ...]
     changes: Changes
     records: list[RecordRow]
@@ -95,7 +93,7 @@ class Transaction:
         self._check(cursor)
         execute = cursor.execute
         for mark in self.marks:
-            execute(self.statements.set_mark, (self.log, mark.digest, mark.ttl.total_seconds()))
+            execute(self.statements.set_mark, mark)
         for row in self.changes.upserts:
             execute(self.statements.upsert, row)
         for key in self.changes.deletes:
@@ -106,9 +104,9 @@ class Transaction:
 
     def _check(self, cursor: apsw.Cursor) -> None:
         execute = cursor.execute
-        for mark in self.marks:
-            if execute(self.statements.find_mark, (self.log, mark.digest)).fetchall():
-                raise Duplicate(mark.digest)
+        for log, digest, *_ in self.marks:
+            if found := execute(self.statements.find_mark, (log, digest)).fetchall():
+                raise Duplicate(digest, _answer(found[0][0]))
         for guard in self.guards:
             if not execute(self.statements.claim, (self.app_id, guard.type, guard.id, guard.token)).fetchall():
                 raise Fenced(guard.type, guard.id)
@@ -122,15 +120,26 @@ class Transaction:
 
 def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog, random: Random) -> Transaction:
     """Turn a commit into rows. Raises InvalidRequest."""
+    changes = _changes(commit.operations, random)
     return Transaction(
         statements,
         app_id,
-        log.number,
-        commit.marks,
+        _mark_rows(commit.marks, changes.etags, log) if commit.marks else [],
         commit.guards,
-        _changes(commit.operations, random),
-        [_record_row(record, log.slices) for record in commit.records],
+        changes,
+        [record_row(record, log.slices) for record in commit.records],
     )
+
+
+def _answer(etags: Any) -> list[str | None] | None:
+    """Read what a mark remembers; a schema before it did left None."""
+    answer: list[str | None] | None = None if etags is None else orjson.loads(etags)
+    return answer
+
+
+def _mark_rows(marks: Sequence[Mark], etags: tuple[ETag | None, ...], log: RegisteredLog) -> list[MarkRow]:
+    answer = orjson.dumps(etags).decode()
+    return [(log.number, mark.digest, mark.ttl.total_seconds(), answer) for mark in marks]
 
 
 def _changes(operations: tuple[Operation, ...], random: Random) -> Changes:
@@ -173,19 +182,6 @@ def _text(upsert: Upsert) -> str:
 def _modifier(ttl: timedelta) -> str:
     # https://www.sqlite.org/lang_datefunc.html: what would be after the year 9999 is null, which never expires.
     return f"{ttl.total_seconds():+.3f} seconds"
-
-
-def _record_row(record: OutboxRecord, slices: int) -> RecordRow:
-    return (
-        slice_of(record.order_key, slices),
-        record.order_key,
-        record.event_id,
-        record.format,
-        record.pubsub,
-        record.topic,
-        orjson.dumps(dict(record.metadata)).decode() if record.metadata else "{}",
-        record.body,
-    )
 
 
 def new_etag(random: Random) -> ETag:
