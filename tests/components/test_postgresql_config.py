@@ -108,8 +108,8 @@ def test_a_password_is_in_no_repr() -> None:
 
 def test_what_is_not_supported_and_what_is_unknown_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        read(connectionString="host=h", pooled="true", queryExecMode="exec", tabelPrefix="x", keyPrefix="none")
+        read(connectionString="host=h", useAWSIAM="true", queryExecMode="exec", tabelPrefix="x", keyPrefix="none")
 
     warned = " ".join(record.getMessage() for record in caplog.records)
-    assert all(name in warned for name in ("pooled", "queryExecMode", "tabelPrefix"))
+    assert all(name in warned for name in ("useAWSIAM", "queryExecMode", "tabelPrefix"))
     assert "keyPrefix" not in warned

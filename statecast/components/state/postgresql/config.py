@@ -54,7 +54,8 @@ class PostgresqlConfig:
     """`url` is what the driver is given, kept out of `repr` since it may hold a password.
 
     `cleanup_interval` None means that nothing is swept here. The name of `table_prefix` may be empty.
-    `groups_commits` tells whether commits that wait together go in one call.
+    `groups_commits` tells whether commits that wait together go in one call, `is_pooled` that what is connected to is
+    PgBouncer in transaction mode: each transaction may be on another connection of the server's.
     """
 
     url: str = field(repr=False)
@@ -64,6 +65,7 @@ class PostgresqlConfig:
     metadata_table: QualifiedName
     connections: int
     groups_commits: bool
+    is_pooled: bool
 
 
 def read_config(component: Component) -> PostgresqlConfig:
@@ -78,7 +80,6 @@ def read_config(component: Component) -> PostgresqlConfig:
     reader.unsupported(
         "connectionMaxIdleTime",
         "queryExecMode",
-        "pooled",
         "useAzureAD",
         "useAWSIAM",
         "awsRegion",
@@ -101,6 +102,7 @@ def read_config(component: Component) -> PostgresqlConfig:
         metadata_table=_table(reader),
         connections=reader.integer("maxConns", default=_pool_size(settings, reader), minimum=1),
         groups_commits=reader.boolean("statecastGroupCommit", default=True),
+        is_pooled=reader.boolean("pooled"),
     )
     reader.finish()
     return config

@@ -26,22 +26,29 @@ class Withdrawn(Exception):
 
 
 class Session:
-    """One connection with its prepared statements."""
+    """One connection with its prepared statements; with none if the next statement may find another server's."""
 
-    def __init__(self, connection: asyncpg.Connection) -> None:
+    def __init__(self, connection: asyncpg.Connection, *, prepares: bool = True) -> None:
         self.connection = connection
+        self._prepares = prepares
         self._statements: dict[str, Any] = {}
         self._job: _Job[Any] | None = None
 
     async def read(self, query: str, *arguments: object) -> list[Any]:
+        if not self._prepares:
+            return await self.connection.fetch(query, *arguments)
         statement = self._statements.get(query) or await self._prepare(query)
         return await statement.fetch(*arguments)  # type: ignore[no-any-return]
 
     async def write(self, query: str, *arguments: object) -> list[Any]:
         """Like `read`, for a statement that changes something: from the moment it is sent its outcome counts."""
-        statement = self._statements.get(query) or await self._prepare(query)
+        statement = None
+        if self._prepares:
+            statement = self._statements.get(query) or await self._prepare(query)
         if self._job is not None:
             self._job.mark_sent()
+        if statement is None:
+            return await self.connection.fetch(query, *arguments)
         return await statement.fetch(*arguments)  # type: ignore[no-any-return]
 
     def serve(self, job: "_Job[Any] | None") -> None:
@@ -97,17 +104,27 @@ class Lanes:
     """Up to `limit` connections, opened when they are needed, and again after they broke."""
 
     def __init__(
-        self, connect: Callable[[float], Awaitable[asyncpg.Connection]], *, limit: int, timeout: timedelta
+        self,
+        connect: Callable[[float], Awaitable[asyncpg.Connection]],
+        *,
+        limit: int,
+        timeout: timedelta,
+        prepares: bool = True,
     ) -> None:
         self._connect = connect
         self._limit = limit
         self._timeout = timeout.total_seconds()
+        self._prepares = prepares
         self._queue: deque[_Job[Any]] = deque()
         self._idle: list[asyncio.Future[_Job[Any] | None]] = []
         self._lanes: set[asyncio.Task[None]] = set()
         self._busy: dict[Session, float] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._is_open = False
+
+    @property
+    def timeout_seconds(self) -> float:
+        return self._timeout
 
     def open(self) -> None:
         self._is_open = True
@@ -208,7 +225,7 @@ class Lanes:
         remaining = job.deadline - asyncio.get_running_loop().time()
         if remaining <= 0:
             raise StoreUnavailable("the time was up before a connection was free")
-        return Session(await self._connect(remaining))
+        return Session(await self._connect(remaining), prepares=self._prepares)
 
     def _keep_watch(self) -> None:
         """Break off what has taken too long: the answer, if one comes, comes too late for its caller."""

@@ -16,7 +16,12 @@ from statecast.components.manifest import Component, describe
 from statecast.components.state.commit import Commit, ETag, Item
 from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
-from statecast.components.state.postgresql.connecting import OPENING_FAILURES, connect, failure_at_opening
+from statecast.components.state.postgresql.connecting import (
+    OPENING_FAILURES,
+    connect,
+    failure_at_opening,
+    settings_of_statement,
+)
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
 from statecast.components.state.postgresql.lanes import Lanes
 from statecast.components.state.postgresql.log import PostgresqlOutboxLog
@@ -47,7 +52,12 @@ class PostgresqlStateStore:
         self._component = component
         self._app_id = app_id
         self._clock = clock
-        self._lanes = Lanes(self._connect, limit=self._config.connections, timeout=self._config.timeout)
+        self._lanes = Lanes(
+            self._connect,
+            limit=self._config.connections,
+            timeout=self._config.timeout,
+            prepares=not self._config.is_pooled,
+        )
         self._opened: _Open | None = None
         self._stack = AsyncExitStack()
 
@@ -61,7 +71,7 @@ class PostgresqlStateStore:
 
     async def __aenter__(self) -> Self:
         layout, log = await self._prepare_schema()
-        waker = Waker(self._connect, _channel(layout, log), self._clock)
+        waker = Waker(None if self._config.is_pooled else self._connect, _channel(layout, log), self._clock)
         opened = self._statements(layout, log, waker)
         async with AsyncExitStack() as stack:
             # In reverse: no new commits, no more wake-ups, the connections end what is under way, its tasks end.
@@ -149,7 +159,7 @@ class PostgresqlStateStore:
             committer=Committer(
                 self._lanes,
                 waker,
-                f"select {layout.commit(log.number)}({places})",
+                f"select {layout.commit(log.number)}({places}){settings_of_statement(self._config)}",
                 log.slices,
                 CommitterOptions.choose(connections=self._config.connections, groups=self._config.groups_commits),
             ),

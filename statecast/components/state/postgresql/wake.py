@@ -23,9 +23,11 @@ class Waker:
     The word is a hint: it may be lost, and a wait ends without it after LISTENING_POLL, or after DEAF_POLL while
     there is no connection to hear it on. It is sent outside of the commits, at most every 5 ms, since a NOTIFY takes
     a lock that the commits of all of a server's databases would queue for.
+
+    Without `connect`, where a pooler lets nobody listen, there is never such a connection.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection]], channel: str, clock: Clock) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection]] | None, channel: str, clock: Clock) -> None:
         self._connect = connect
         self._channel = channel
         self._clock = clock
@@ -39,7 +41,8 @@ class Waker:
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._keep_in_touch(), name="postgresql outbox wake-up")
+        if self._connect is not None:
+            self._task = asyncio.create_task(self._keep_in_touch(self._connect), name="postgresql outbox wake-up")
 
     async def close(self) -> None:
         self._closing = True
@@ -86,18 +89,17 @@ class Waker:
             if not wanted.isdisjoint(slices):
                 event.set()
 
-    async def _keep_in_touch(self) -> None:
+    async def _keep_in_touch(self, connect: Callable[[], Awaitable[asyncpg.Connection]]) -> None:
         """Keep a connection for the word, from the first time that there is someone to tell or to hear."""
         while True:
             await self._something.wait()
             try:
-                await self._talk()
+                await self._talk(await connect())
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 logger.warning("no wake-ups from other processes for the moment: %s", error)
             await self._clock.wait(asyncio.Event(), _BACK_OFF)
 
-    async def _talk(self) -> None:
-        connection = await self._connect()
+    async def _talk(self, connection: asyncpg.Connection) -> None:
         try:
             lost = asyncio.Event()
 
