@@ -197,6 +197,22 @@ async def cutting_proxy(url: str) -> AsyncIterator[tuple[str, Callable[[], None]
         yield f"redis://127.0.0.1:{port}{urlsplit(url).path}", cuts.set
 
 
+async def test_waiting_for_news_goes_on_without_its_server_and_reading_tells(server: PrivateServer) -> None:
+    async with redis_store(server.address) as store:
+        leases = await store.log.acquire("relay", 16, timedelta(minutes=1))
+        waiting = asyncio.create_task(store.log.wait(leases, timedelta(seconds=1)))
+        await until(lambda: _is_blocked(server.address))
+        await asyncio.to_thread(server.kill)
+
+        await waiting
+        with pytest.raises(StoreUnavailable):
+            await store.log.read(leases, 1)
+
+
+async def _is_blocked(url: str) -> bool:
+    return int(run(url, "INFO", "clients")["blocked_clients"]) > 0
+
+
 async def test_a_server_that_is_not_there_is_unavailable_at_opening(server: PrivateServer) -> None:
     server.kill()
 

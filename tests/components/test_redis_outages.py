@@ -147,14 +147,13 @@ async def test_a_broker_that_is_away_holds_up_no_commit_and_gets_everything_in_o
             async with outage(server):
                 before, failed_before = ledger.total(), relay.counts.failed
                 await until(lambda: ledger.total() > before + 2_500 and relay.counts.failed > failed_before)
-                committed = ledger.total() - before
                 lag = await pending(store)
-            await more_is_published(relay, committed)
+            await more_is_published(relay, lag)
         await deadline.until(lambda: is_empty(store))
 
     assert ledger.failures == 0
     assert relay.counts.fenced == relay.counts.deferred == 0
-    assert lag >= committed
+    assert lag > 2_000
     assert await first_deliveries(server.address) == ledger.numbers()
 
 

@@ -180,15 +180,20 @@ class RedisOutboxLog:
 
     async def _wait(self, waiter: "_Waiter", leases: Sequence[Lease], timeout: timedelta) -> None:
         end = self._clock.monotonic() + timeout.total_seconds()
+        is_deaf = not leases
         while (left := end - self._clock.monotonic()) > 0:
-            reading = self._news.reading(leases) if leases else None
+            reading = None if is_deaf else self._news.reading(leases)
             if reading is not None:
                 reading.add_done_callback(waiter.wake)
             await self._clock.wait(waiter.event, timedelta(seconds=left))
             if reading is None or not reading.done():
                 return
-            if self._news.take(leases):
-                return
+            try:
+                if self._news.take(leases):
+                    return
+            except StoreUnavailable:
+                # The caller's next read tells what is wrong, if anything still is; until then time ends the waiting.
+                is_deaf = True
             waiter.event.clear()
 
     async def trim(self) -> None:
