@@ -22,6 +22,8 @@ STATE_FIELDS: Final = frozenset(
         "outboxPublishPubsub",
         "outboxPublishTopic",
         "outboxPublishDeletes",
+        "outboxMaxAttempts",
+        "outboxDeadLetterTopic",
         "outboxPubsub",
         "outboxDiscardWhenMissingState",
     }

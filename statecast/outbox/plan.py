@@ -14,14 +14,21 @@ PROJECTION = "outbox.projection"
 TOPIC = "outbox.topic"
 DELETED_SUFFIX = ".deleted"
 
+DEFAULT_MAX_ATTEMPTS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """Where the events of one store go, and whether deletes have events too."""
+    """Where the events of one store go, and whether deletes have events too.
+
+    An event that its broker refuses is tried `max_attempts` times; a copy of it goes to `dead_letter_topic` then.
+    """
 
     pubsub: str
     topic: str
     publishes_deletes: bool = False
+    max_attempts: int = DEFAULT_MAX_ATTEMPTS
+    dead_letter_topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,13 @@ def parse_outbox(component: Component) -> Outbox | None:
         raise fields.error("outboxPublishPubsub", "is required beside outboxPublishTopic")
     if not topic:
         raise fields.error("outboxPublishTopic", "is required beside outboxPublishPubsub")
-    return Outbox(pubsub, topic, fields.boolean("outboxPublishDeletes"))
+    return Outbox(
+        pubsub,
+        topic,
+        publishes_deletes=fields.boolean("outboxPublishDeletes"),
+        max_attempts=fields.integer("outboxMaxAttempts", default=DEFAULT_MAX_ATTEMPTS, minimum=1),
+        dead_letter_topic=fields.text("outboxDeadLetterTopic"),
+    )
 
 
 def plan_commit(

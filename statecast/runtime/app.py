@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,13 +16,15 @@ from statecast.components.broker.broker import Broker, Published
 from statecast.components.loader import Source, load
 from statecast.components.metadata import MetadataReader
 from statecast.components.registry import Registry, installed
-from statecast.components.state.keys import key_prefix
-from statecast.components.state.log import SliceStatus
+from statecast.components.state.keys import KeyPrefix, key_prefix
+from statecast.components.state.log import DeferredKey, OutboxLog, SliceStatus
 from statecast.components.state.value import encode, with_content_type
 from statecast.errors import InvalidRequest, NotSupported, PublishFailed
+from statecast.outbox.deferred import RelayCounts
 from statecast.outbox.event import EventIds, EventSource, render
+from statecast.outbox.plan import Outbox
 from statecast.outbox.progress import message_of
-from statecast.outbox.relay import Relay, RelayCounts, RelayOptions
+from statecast.outbox.relay import Relay, RelayOptions
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
 from statecast.pubsub.subscription import Handler, Subscription
 from statecast.runtime.opening import OpenComponents, OpenState, open_components
@@ -38,6 +40,7 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 class RuntimeOptions:
     """`relays=False`: commit, but leave the publishing to other processes. `publish_timeout` is that of `publish`.
 
+    How often a refused event is tried, and where it goes then, says the store's component, whatever `relay` says.
     Relaying begins when the subscriptions made at the start stand, or after `subscriptions_within`. `close` bounds how
     long closing waits for relays to drain, and then again for handlers to finish.
     """
@@ -181,10 +184,28 @@ class Runtime:
 
     async def outbox_status(self, store: str) -> list[SliceStatus]:
         """Tell how far the relaying of a store's outbox is, slice by slice. Raises InvalidRequest, StoreUnavailable."""
-        state = self._state_named(store)
-        if state.outbox is None:
-            raise InvalidRequest(f"state store {store!r} has no outbox: outboxPublishPubsub is not set")
-        return await state.store.log.status()
+        return await self._log_of(store).status()
+
+    async def outbox_deferred(self, store: str) -> list[DeferredKey]:
+        """List the keys whose events the broker refused, those due first first, parked ones last.
+
+        An event that was published without a key waits under a name of its own. Raises InvalidRequest,
+        StoreUnavailable.
+        """
+        log, keys = self._log_of(store), self._keys_of(store)
+        found = await log.deferred(range(log.slices))
+        return [replace(each, order_key=keys.logical_key(each.order_key)) for each in found]
+
+    async def outbox_replay(self, store: str, key: str | None = None) -> int:
+        """Let relays try parked keys again (all, or this one as `outbox_deferred` names it); return how many they are.
+
+        Raises InvalidRequest, StoreUnavailable.
+        """
+        log = self._log_of(store)
+        if key is None:
+            return await log.replay()
+        # What has no key of the app, or one under an earlier prefix, is named as it stands.
+        return await log.replay(self._keys_of(store).text + key) or await log.replay(key)
 
     def relay_counts(self, store: str) -> RelayCounts | None:
         """Tell what this process's relay of a store has done; None where it runs none."""
@@ -200,7 +221,7 @@ class Runtime:
                 self._components.brokers,
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
                 clock=self._clock,
-                options=self._options.relay,
+                options=_relay_options(self._options.relay, state.outbox),
             )
             self._relays[name] = relay
             supervisor.start(f"outbox relay of {name!r}", self._after_subscriptions(relay, state.outbox.pubsub))
@@ -225,11 +246,20 @@ class Runtime:
         settings = StateSettings(
             name=state.component.name,
             app_id=self.app_id,
-            keys=key_prefix(state.component, app_id=self.app_id, namespace=self._namespace),
+            keys=self._keys_of(state.component.name),
             outbox=state.outbox,
             default_ttl=timedelta(seconds=seconds) if seconds > 0 else None,
         )
         return StateClient(state.store, settings, ids=self._outbox_ids, clock=self._clock)
+
+    def _keys_of(self, store: str) -> KeyPrefix:
+        return key_prefix(self._state_named(store).component, app_id=self.app_id, namespace=self._namespace)
+
+    def _log_of(self, store: str) -> OutboxLog:
+        state = self._state_named(store)
+        if state.outbox is None:
+            raise InvalidRequest(f"state store {store!r} has no outbox: outboxPublishPubsub is not set")
+        return state.store.log
 
     def _state_named(self, name: str) -> OpenState:
         if name not in self._components.states:
@@ -240,6 +270,11 @@ class Runtime:
         if name not in self._components.brokers:
             raise InvalidRequest(f"pub/sub {name!r} is not loaded; loaded are: {_listed(self._components.brokers)}")
         return self._components.brokers[name]
+
+
+def _relay_options(options: RelayOptions, outbox: Outbox) -> RelayOptions:
+    retry = replace(options.retry, max_attempts=outbox.max_attempts, dead_letter_topic=outbox.dead_letter_topic)
+    return replace(options, retry=retry)
 
 
 def _listed(names: Iterable[str]) -> str:
