@@ -117,7 +117,7 @@ def _pgbench() -> str:
 _SCRIPT = rf"""\set k random(0, {KEYS - 1})
 select public.statecast_commit_1_v1(1, true, null, null, null, null, '{{1,1}}', '{{d,u}}',
   array['bench||cart-' || :k, 'bench||order-' || :k], array[null, '\x{VALUE.hex()}'::bytea], null,
-  null, array[null, gen_random_uuid()], null, null, null,
+  null, array[null, gen_random_uuid()], null, null, null, null,
   '{{1}}', array[(:k % 16)::smallint], array['bench||order-' || :k], array['bench-' || :k], '{{1}}', '{{pubsub}}',
   '{{orders}}', '{{"{{}}"}}', array['\x{BODY.hex()}'::bytea]);
 """

@@ -25,7 +25,7 @@ from statecast.components.state.commit import (
     Upsert,
 )
 from statecast.components.state.postgresql import PostgresqlStateStore
-from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, Refused
+from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
 from statecast.components.state.postgresql.config import QualifiedName
 from statecast.components.state.postgresql.migration import pending_statements
 from statecast.components.state.postgresql.schema import Layout
@@ -73,7 +73,7 @@ def mark(number: int) -> Mark:
 
 async def call(connection: asyncpg.Connection, *commits: Commit, wait: bool = False) -> list[Outcome]:
     """Call the function for several commits at once."""
-    batch = CommitCall(commits, 16)
+    batch = CommitCall([PreparedCommit(each, 16) for each in commits])
     arguments = batch.arguments(wait=wait)
     places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
     return batch.outcomes(await connection.fetchval(f"select statecast_commit_1_v1({places})", *arguments))
@@ -114,7 +114,7 @@ async def test_the_tables_are_daprs_with_ours_beside_them(
     assert {row["tablename"] for row in ours if row["tablename"] != "state"} == {
         f"statecast_{name}"
         for name in (
-            *("log", "slice", "relay", "mark", "claim", "outbox_1"),
+            *("log", "slice", "relay", "mark", "claim", "deferred", "deferred_key", "outbox_1"),
             *(f"outbox_1_{number}" for number in range(4)),
         )
     }
@@ -704,7 +704,7 @@ async def test_a_commit_larger_than_the_lock_table_is_applied_beside_small_ones(
 
 
 def test_etags_are_uuids_as_dapr_writes_them() -> None:
-    batch = CommitCall((commit(Upsert("orders||1", b"1")),), 16)
+    batch = CommitCall((PreparedCommit(commit(Upsert("orders||1", b"1")), 16),))
     batch.arguments(wait=True)
 
     (outcome,) = batch.outcomes([None])

@@ -13,7 +13,7 @@ import pytest
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.postgresql import PostgresqlStateStore
-from statecast.components.state.postgresql.call import CommitCall
+from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
 from statecast.components.testing.deadline import until
 from statecast.components.testing.log import OutboxLogContract, StoreFactory
 from statecast.components.testing.state import SharedStateStoreContract
@@ -138,7 +138,7 @@ async def test_a_commit_that_waits_too_long_for_a_lock_was_not_applied(
 ) -> None:
     async with store_on(pooled_url, timeout="1s") as store:
         async with admin.transaction():
-            call = CommitCall((deed("orders||1", 1),), 16)
+            call = CommitCall((PreparedCommit(deed("orders||1", 1), 16),))
             arguments = call.arguments(wait=True)
             places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
             await admin.fetchval(f"select statecast_commit_1_v1({places})", *arguments)

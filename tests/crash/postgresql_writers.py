@@ -14,7 +14,7 @@ import orjson
 
 from statecast import Check, Component, ETag, TraceContext, upsert
 from statecast.components.state.commit import Commit, Operation
-from statecast.components.state.postgresql.call import Applied, CommitCall, Outcome
+from statecast.components.state.postgresql.call import Applied, CommitCall, Outcome, PreparedCommit
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.migration import find_layout
 from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, PARTITION_BITS, Layout
@@ -70,7 +70,7 @@ class CommitFunction:
         )
 
     async def _call(self, connection: asyncpg.Connection, commit: Commit) -> Outcome:
-        call = CommitCall((commit,), self.slices)
+        call = CommitCall((PreparedCommit(commit, self.slices),))
         places = ", ".join(f"${number}" for number in range(1, len(COMMIT_PARAMETERS) + 1))
         answers = await connection.fetchval(
             f"select {self.layout.commit(self.log)}({places})", *call.arguments(wait=True)

@@ -3,11 +3,11 @@
 Several commits may share a call if none of them has a key, mark or guard in common with another.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from operator import attrgetter
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import orjson
@@ -15,29 +15,26 @@ import orjson
 from statecast.components.state.commit import (
     Absent,
     Commit,
-    Delete,
     ETag,
-    Guard,
     KeyChange,
     Mark,
-    OutboxRecord,
     Upsert,
     collapse,
     etags_after,
 )
 from statecast.components.state.log import slice_of
-from statecast.errors import Duplicate, ETagMismatch, Fenced, StatecastError
+from statecast.components.state.postgresql.entry import write_metadata
+from statecast.errors import Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
 
 T = TypeVar("T")
 
 # Python's calendar ends with the year 9999, where PostgreSQL's goes on.
 _LONGEST_LIFE = timedelta(days=365 * 7_900).total_seconds()
 
-
 # The function unpacks every array that it is given, also those it does not look at.
 _NO_GUARDS = (None,) * 4
 _NO_CHANGES = (None,) * 7
-_NO_MARKS = (None,) * 3
+_NO_MARKS = (None,) * 4
 _NO_RECORDS = (None,) * 9
 
 
@@ -62,134 +59,149 @@ class Busy:
 
 Outcome = Applied | Refused | Busy
 
+_BUSY = Busy()
 
-class _Change(NamedTuple):
-    key: str
-    commit: int
-    change: KeyChange
-    etag: UUID | None
+
+class PreparedCommit:
+    """A commit as rows of the function's arguments, made once however often it is tried.
+
+    Its etags are drawn here, so the answer is known before it is applied. Raises ETagMismatch for a commit that
+    contradicts itself, InvalidRequest for one that cannot be written.
+    """
+
+    __slots__ = ("applied", "changes", "commit", "footprint", "guards", "marks", "records", "slices", "weight")
+
+    def __init__(self, commit: Commit, slices: int) -> None:
+        self.commit = commit
+        changes = _changes(commit)
+        written = {change.key: _new_etag() for change in changes if isinstance(change.write, Upsert)}
+        self.applied = Applied(etags_after(commit.operations, written))
+        self.changes = [_change_row(change, written.get(change.key)) for change in changes]
+        self.guards = sorted(set(commit.guards), key=lambda guard: (guard.type, guard.id)) if commit.guards else []
+        try:
+            self.marks = _mark_rows(commit.marks, self.applied.etags) if commit.marks else []
+            self.records = [
+                (
+                    slice_of(record.order_key, slices),
+                    record.order_key,
+                    record.event_id,
+                    record.format,
+                    record.pubsub,
+                    record.topic,
+                    write_metadata(record),
+                    record.body,
+                )
+                for record in commit.records
+            ]
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the commit cannot be written: {error}") from error
+        self.slices = {row[0] for row in self.records}
+        self.footprint: list[Hashable] = [change.key for change in changes]
+        self.footprint += [row[0] for row in self.marks]
+        self.footprint += {(guard.type, guard.id) for guard in self.guards}
+        self.weight = sum(len(row[2] or b"") for row in self.changes) + sum(len(row[7]) for row in self.records)
 
 
 class CommitCall:
-    """One call of the commit function for `commits`; raises ETagMismatch for one that contradicts itself."""
+    """One call of the commit function for `commits`."""
 
-    __slots__ = ("_changes", "_commits", "_guards", "_marks", "_slices", "slices")
+    __slots__ = ("_changes", "_commits", "_guards", "_marks", "slices")
 
-    def __init__(self, commits: Sequence[Commit], slices: int) -> None:
+    def __init__(self, commits: Sequence[PreparedCommit]) -> None:
         self._commits = commits
-        self._slices = slices
-        self._changes: list[_Change] = []
-        self._guards: list[tuple[int, Guard]] = []
-        self._marks: list[tuple[int, Mark]] = []
-        self.slices: frozenset[int] = frozenset()
-        for number, commit in enumerate(commits, start=1):
-            self._add(number, commit)
-        if len(commits) > 1:
-            self._changes.sort(key=_key)
-        self._guards.sort(key=lambda each: (each[1].type, each[1].id))
-        self._marks.sort(key=lambda each: each[1].digest)
-
-    def _add(self, number: int, commit: Commit) -> None:
-        for change in collapse(commit.operations):
-            etag = uuid4() if isinstance(change.write, Upsert) else None
-            self._changes.append(_Change(change.key, number, change, etag))
-        self._guards.extend((number, guard) for guard in set(commit.guards))
-        self._marks.extend((number, mark) for mark in {mark.digest: mark for mark in commit.marks}.values())
+        self._changes = [row for commit in commits for row in commit.changes]
+        self._guards = [guard for commit in commits for guard in commit.guards]
+        self._marks = [row for commit in commits for row in commit.marks]
+        self.slices: set[int] = set().union(*(commit.slices for commit in commits))
 
     def arguments(self, *, wait: bool) -> list[object]:
-        records = [
-            (number, record) for number, commit in enumerate(self._commits, start=1) for record in commit.records
-        ]
-        slices = [slice_of(record.order_key, self._slices) for _, record in records]
-        self.slices = frozenset(slices)
+        commits = self._commits
         return [
-            len(self._commits),
+            len(commits),
             wait,
             *(self._guard_arguments() if self._guards else _NO_GUARDS),
             *(self._change_arguments() if self._changes else _NO_CHANGES),
-            *(self._mark_arguments() if self._marks else _NO_MARKS),
-            *(_record_arguments(records, slices) if records else _NO_RECORDS),
+            *(_arguments(self._marks, _numbers(commit.marks for commit in commits)) if self._marks else _NO_MARKS),
+            *(self._record_arguments() if self.slices else _NO_RECORDS),
         ]
 
     def outcomes(self, answers: Sequence[str | None]) -> list[Outcome]:
         """Read the function's answer, one for each commit."""
-        return [self._outcome(number, answer) for number, answer in enumerate(answers, start=1)]
+        return [
+            commit.applied if answer is None else self._refused(commit, answer)
+            for commit, answer in zip(self._commits, answers, strict=True)
+        ]
 
-    def _guard_arguments(self) -> Iterable[object]:
-        yield [number for number, _ in self._guards]
-        yield [guard.type for _, guard in self._guards]
-        yield [guard.id for _, guard in self._guards]
-        yield [_token(guard.token) for _, guard in self._guards]
+    def _guard_arguments(self) -> Iterator[object]:
+        yield _numbers(commit.guards for commit in self._commits)
+        yield [guard.type for guard in self._guards]
+        yield [guard.id for guard in self._guards]
+        yield [_token(guard.token) for guard in self._guards]
 
-    def _change_arguments(self) -> Iterable[object]:
-        changes = self._changes
-        yield [each.commit for each in changes]
-        yield [_kind(each.change) for each in changes]
-        yield [each.key for each in changes]
-        yield [each.change.write.value if isinstance(each.change.write, Upsert) else None for each in changes]
-        yield _unless_empty([_expected(each.change) for each in changes])
-        yield _unless_empty([_seconds_to_live(each.change) for each in changes])
-        yield [each.etag for each in changes]
+    def _change_arguments(self) -> Iterator[object]:
+        kinds, keys, values, expected, ttls, etags = zip(*self._changes, strict=True)
+        yield _numbers(commit.changes for commit in self._commits)
+        yield kinds
+        yield keys
+        yield values
+        yield _unless_empty(expected)
+        yield _unless_empty(ttls)
+        yield etags
 
-    def _mark_arguments(self) -> Iterable[object]:
-        yield [number for number, _ in self._marks]
-        yield [mark.digest for _, mark in self._marks]
-        yield [_seconds(mark.ttl) for _, mark in self._marks]
+    def _record_arguments(self) -> Iterable[object]:
+        rows = [row for commit in self._commits for row in commit.records]
+        return _arguments(rows, _numbers(commit.records for commit in self._commits))
 
-    def _outcome(self, number: int, answer: str | None) -> Outcome:
-        if answer is None:
-            written = {
-                each.key: ETag(str(each.etag))
-                for each in self._changes
-                if each.commit == number and each.etag is not None
-            }
-            return Applied(etags_after(self._commits[number - 1].operations, written))
-        reason, _, index = answer.partition(" ")
-        if reason == "busy":
-            return Busy()
-        return Refused(self._refusal(reason, int(index) - 1))
+    def _refused(self, commit: PreparedCommit, answer: str) -> Outcome:
+        if answer == "busy":
+            return _BUSY
+        reason, index, *etags = answer.split(" ", 2)
+        return Refused(self._refusal(commit.commit, reason, int(index) - 1, etags))
 
-    def _refusal(self, reason: str, index: int) -> StatecastError:
+    def _refusal(self, commit: Commit, reason: str, index: int, etags: list[str]) -> StatecastError:
         match reason:
             case "fenced":
-                guard = self._guards[index][1]
+                guard = self._guards[index]
                 return Fenced(guard.type, guard.id)
             case "etag":
-                change = self._changes[index].change
-                return ETagMismatch(change.key, None if isinstance(change.expected, Absent) else change.expected)
+                key = self._changes[index][1]
+                (expected,) = (change.expected for change in collapse(commit.operations) if change.key == key)
+                return ETagMismatch(key, None if isinstance(expected, Absent) else expected)
             case "duplicate":
-                return Duplicate(self._marks[index][1].digest)
+                return Duplicate(self._marks[index][0], orjson.loads(etags[0]) if etags else None)
             case _:
                 raise AssertionError(f"the commit function answered {reason!r}")
 
 
-def _record_arguments(records: Sequence[tuple[int, OutboxRecord]], slices: Sequence[int]) -> Iterable[object]:
-    yield [number for number, _ in records]
-    yield slices
-    yield [record.order_key for _, record in records]
-    yield [record.event_id for _, record in records]
-    yield [record.format for _, record in records]
-    yield [record.pubsub for _, record in records]
-    yield [record.topic for _, record in records]
-    yield [orjson.dumps(record.metadata).decode() for _, record in records]
-    yield [record.body for _, record in records]
+def _changes(commit: Commit) -> list[KeyChange]:
+    return collapse(commit.operations) if commit.operations else []
 
 
-_key = attrgetter("key")
+def _change_row(change: KeyChange, etag: ETag | None) -> tuple[str, str, bytes | None, str | None, float | None, Any]:
+    write = change.write
+    if isinstance(write, Upsert):
+        ttl = None if write.ttl is None else _seconds(write.ttl)
+        return "u", change.key, write.value, _expected(change), ttl, etag
+    return "c" if write is None else "d", change.key, None, _expected(change), None, None
 
 
-def _unless_empty(column: list[T | None]) -> list[T | None] | None:
-    return column if any(value is not None for value in column) else None
+def _mark_rows(marks: Sequence[Mark], etags: Sequence[ETag | None]) -> list[tuple[bytes, float, str]]:
+    remembered = orjson.dumps(etags).decode()
+    lives = {mark.digest: mark.ttl for mark in marks}
+    return [(digest, _seconds(ttl), remembered) for digest, ttl in sorted(lives.items())]
 
 
-def _kind(change: KeyChange) -> str:
-    match change.write:
-        case Upsert():
-            return "u"
-        case Delete():
-            return "d"
-        case None:
-            return "c"
+def _arguments(rows: Sequence[tuple[Any, ...]], numbers: list[int]) -> Iterable[object]:
+    return [numbers, *zip(*rows, strict=True)]
+
+
+def _numbers(parts: Iterable[Sequence[object]]) -> list[int]:
+    """Tell for each part of each commit the number of its commit."""
+    return [number for number, of_commit in enumerate(parts, start=1) for _ in of_commit]
+
+
+def _unless_empty(column: Sequence[T | None]) -> Sequence[T | None] | None:
+    return None if column.count(None) == len(column) else column
 
 
 def _expected(change: KeyChange) -> str | None:
@@ -199,12 +211,15 @@ def _expected(change: KeyChange) -> str | None:
     return "malformed" if change.expected and "\0" in change.expected else change.expected
 
 
-def _seconds_to_live(change: KeyChange) -> float | None:
-    return _seconds(change.write.ttl) if isinstance(change.write, Upsert) and change.write.ttl is not None else None
-
-
 def _seconds(ttl: timedelta) -> float:
     return min(ttl.total_seconds(), _LONGEST_LIFE)
+
+
+def _new_etag() -> ETag:
+    """Draw a random UUID (RFC 9562 §5.4), as text: that is what is answered, and the driver packs it as quickly."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return ETag(f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}")
 
 
 def _token(token: str) -> UUID:

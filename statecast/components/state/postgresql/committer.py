@@ -7,57 +7,73 @@ in which they were submitted.
 
 import asyncio
 import random
-from collections.abc import Coroutine, Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 from statecast.components.settlement import wait_for_settlement
-from statecast.components.state.commit import Commit, ETag, collapse
-from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, Refused
+from statecast.components.state.commit import Commit, ETag
+from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
 from statecast.components.state.postgresql.failures import Contended
-from statecast.components.state.postgresql.footprint import Limits, footprint, next_batch, weight
 from statecast.components.state.postgresql.lanes import Lanes, Session
+from statecast.components.state.postgresql.queue import CommitQueue, Limits, take_batch
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import InvalidRequest, OutcomeUnknown, StatecastError, StoreUnavailable
 
 _TRIES: Final = 10
 _LONGEST_PAUSE_SECONDS: Final = 0.2
 _SLOT_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class CommitterOptions:
-    """`at_once` batches are under way at a time, those aside that wait for a lock; with these never more than
-    `most_running`, so that some connections are left for reads."""
+    """`slots` calls are under way at a time, aside from those that wait for a lock, for which there are `places`."""
 
     limits: Limits
-    at_once: int
-    most_running: int
+    slots: int
+    places: int
 
     @classmethod
     def choose(cls, *, connections: int, groups: bool) -> "CommitterOptions":
-        """Choose for so many connections; without `groups` every commit goes by itself."""
-        most_running = max(1, connections - 2)
-        if not groups:
-            return cls(Limits(commits=1, weight=0, scanned=1_000), most_running, most_running)
-        return cls(Limits(commits=64, weight=1_000_000, scanned=1_000), min(2, most_running), most_running)
+        """Choose for so many connections, some of which are left for reads; without `groups` all commits go alone."""
+        running = max(1, connections - 2)
+        spared = min(2, running - 1)
+        limits = Limits(commits=64 if groups else 1, members=1_000, weight=1_000_000)
+        return cls(limits, slots=max(1, spared) if groups else running, places=running - spared)
 
 
 class _Waiting:
     """One commit with its caller; compared by identity."""
 
-    __slots__ = ("answer", "commit", "footprint", "is_finished", "is_taken", "settled", "weight")
+    __slots__ = ("ahead", "answer", "deadline", "is_finished", "is_sent", "prepared", "settled")
 
-    def __init__(self, commit: Commit) -> None:
-        self.commit = commit
-        self.footprint = footprint(commit)
-        self.weight = weight(commit)
-        self.answer: asyncio.Future[tuple[ETag | None, ...]] = asyncio.get_running_loop().create_future()
-        self.is_taken = False
+    def __init__(self, prepared: PreparedCommit, deadline: float, answer: "asyncio.Future[tuple[ETag | None, ...]]"):
+        self.prepared = prepared
+        self.deadline = deadline
+        self.answer = answer
+        self.ahead = 0
+        self.is_sent = False
         self.is_finished = False
         self.settled: asyncio.Future[None] | None = None
 
+    @property
+    def footprint(self) -> Sequence[Hashable]:
+        return self.prepared.footprint
+
+    @property
+    def weight(self) -> int:
+        return self.prepared.weight
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether nobody waits for it any more, or it was answered without being tried."""
+        return self.answer.done()
+
     def finish(self, outcome: tuple[ETag | None, ...] | StatecastError) -> None:
+        self.is_sent = False
         self.is_finished = True
         if not self.answer.done():
             if isinstance(outcome, StatecastError):
@@ -69,7 +85,12 @@ class _Waiting:
 
 
 class Committer:
-    """The queue of commits, and the batches that are under way. All methods belong to one event loop."""
+    """The queue of commits, and the calls that are under way. All methods belong to one event loop.
+
+    A commit that waits for a lock has one of the places, and a slot only for a moment. When all places are taken, those
+    that are busy stand aside: they take the places in turn, and all of them are tried again every now and then, so
+    that however many keys are held, commits of other keys go on.
+    """
 
     def __init__(self, lanes: Lanes, waker: Waker, statement: str, slices: int, options: CommitterOptions) -> None:
         self._lanes = lanes
@@ -77,11 +98,16 @@ class Committer:
         self._statement = statement
         self._slices = slices
         self._limits = options.limits
-        self._slots = options.at_once
-        self._most_running = options.most_running
-        self._queue: dict[_Waiting, None] = {}
-        self._held: set[Any] = set()
+        self._slots = options.slots
+        self._places = options.places
+        self._queue: CommitQueue[_Waiting] = CommitQueue()
+        self._queued: dict[_Waiting, None] = {}
+        self._aside: deque[_Waiting] = deque()
+        self._singles: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._look_at = 0
         self._is_dispatch_due = False
         self._is_open = True
 
@@ -89,68 +115,75 @@ class Committer:
         """Apply one commit, together with others if there are any. Raises as `StateStore.transact`."""
         if not self._is_open:
             raise _closed()
-        if len({operation.key for operation in commit.operations}) < len(commit.operations):
-            collapse(commit.operations)  # raises for one that contradicts itself, before it has neighbours
-        waiting = _Waiting(commit)
-        self._queue[waiting] = None
+        loop = asyncio.get_running_loop()
+        prepared = PreparedCommit(commit, self._slices)
+        waiting = _Waiting(prepared, loop.time() + self._lanes.timeout_seconds, loop.create_future())
+        self._queue.join(waiting)
+        self._queued[waiting] = None
         self._dispatch_soon()
+        self._keep_watch_later()
         try:
             return await waiting.answer
         except asyncio.CancelledError:
-            self._queue.pop(waiting, None)
-            if waiting.is_taken and not waiting.is_finished:
-                waiting.settled = asyncio.get_running_loop().create_future()
+            self._queued.pop(waiting, None)
+            if waiting.is_sent:
+                waiting.settled = loop.create_future()
                 await wait_for_settlement(waiting.settled)
             raise
 
     def stop(self) -> None:
-        """Take no more commits, and refuse those that are queued."""
+        """Take no more commits, and refuse those that were not sent."""
         self._is_open = False
-        while self._queue:
-            self._queue.popitem()[0].finish(_closed())
+        for timer in (self._watch, self._look):
+            if timer is not None:
+                timer.cancel()
+        for line in (self._queued, self._aside, self._singles):
+            for waiting in line:
+                waiting.finish(_closed())
+            line.clear()
 
     async def join(self) -> None:
         """Wait for what is under way, which the lanes end when they close."""
-        if self._tasks:
+        while self._tasks:
             await asyncio.wait(self._tasks)
 
     def _dispatch_soon(self) -> None:
-        if not self._is_dispatch_due:
+        if not self._is_dispatch_due and self._is_open:
             self._is_dispatch_due = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._is_dispatch_due = False
-        while self._slots and len(self._tasks) < self._most_running:
-            batch = next_batch(self._queue, self._held, self._limits)
-            if not batch:
-                return
-            for waiting in batch:
-                del self._queue[waiting]
-                self._held |= waiting.footprint
-            self._start(self._run_in_slot(batch))
+        while self._places and self._aside:
+            self._start([self._aside.popleft()], _Permits(self, slots=0, places=1))
+        while self._slots and (batch := self._next_batch()):
+            places = 1 if len(batch) == 1 and self._places else 0
+            self._start(batch, _Permits(self, slots=1, places=places))
 
-    def _start(self, running: Coroutine[Any, Any, None]) -> None:
+    def _next_batch(self) -> list[_Waiting]:
+        if self._singles:
+            return [self._singles.popleft()]
+        if self._look_at > 0 and (batch := take_batch(self._aside, self._limits)):
+            self._look_at -= len(batch)
+            return batch
+        batch = self._queue.next_batch(self._limits)
+        for waiting in batch:
+            del self._queued[waiting]
+        return batch
+
+    def _start(self, batch: list[_Waiting], permits: "_Permits") -> None:
+        running = self._run_one(batch[0], permits) if len(batch) == 1 else self._run_together(batch)
         task = asyncio.get_running_loop().create_task(running, name="postgresql commit")
         self._tasks.add(task)
-        task.add_done_callback(self._end)
+        task.add_done_callback(partial(self._end, batch, permits))
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _end(self, batch: list[_Waiting], permits: "_Permits", task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._dispatch_soon()
-
-    async def _run_in_slot(self, batch: list[_Waiting]) -> None:
-        """Run a batch. One that waits for a lock, which only a lone commit does, gives its slot to others."""
-        slot = _Slot(self)
-        patience = asyncio.get_running_loop().call_later(_SLOT_SECONDS, slot.free)
-        try:
-            if len(batch) == 1:
-                await self._run_alone(batch[0])
-            else:
-                await self._run_together(batch)
-        finally:
-            patience.cancel()
-            slot.free()
+        permits.give_back()
+        if task.cancelled() or task.exception() is not None:
+            for waiting in batch:
+                if not waiting.is_finished:
+                    self._finish(waiting, _broken_off(waiting))
 
     async def _run_together(self, batch: list[_Waiting]) -> None:
         """Run a batch without waiting for locks; what is busy runs alone, its keys held all the time."""
@@ -158,54 +191,53 @@ class Committer:
             outcomes = await self._call(batch, wait=False)
         except (Contended, InvalidRequest):
             # The server rolled all of it back for the sake of one: which one, each shows by itself.
-            alone = batch
+            for waiting in batch:
+                if not self._is_over(waiting):
+                    self._singles.append(waiting)
         except StatecastError as error:
             for waiting in batch:
                 self._finish(waiting, type(error)(str(error)))
-            return
-        except BaseException:
-            for waiting in batch:
-                self._finish(waiting, _broken_off(waiting))
-            raise
         else:
-            alone = [waiting for waiting, outcome in outcomes if isinstance(outcome, Busy)]
             for waiting, outcome in outcomes:
                 self._tell(waiting, outcome)
-        for waiting in alone:
-            self._start(self._run_alone(waiting))
 
-    async def _run_alone(self, waiting: _Waiting) -> None:
-        """Run one commit, which waits for its locks, and again where the server undid it for others' sake."""
+    async def _run_one(self, waiting: _Waiting, permits: "_Permits") -> None:
+        """Run one commit, waiting for its locks if it has a place, and again where the server undid it for others'
+        sake."""
+        loop = asyncio.get_running_loop()
+        patience = loop.call_later(_SLOT_SECONDS, permits.free_slot)
+        began = loop.time()
         try:
             for attempt in range(1, _TRIES + 1):
                 try:
-                    ((_, outcome),) = await self._call([waiting], wait=True)
+                    ((_, outcome),) = await self._call([waiting], wait=permits.has_place)
+                except Contended:
+                    if attempt == _TRIES or loop.time() - began > self._lanes.timeout_seconds / 2:
+                        raise
+                    waiting.is_sent = False
+                    await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, 0.002 * 2**attempt)))
+                else:
                     self._tell(waiting, outcome)
                     return
-                except Contended:
-                    if attempt == _TRIES:
-                        raise
-                    await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, 0.002 * 2**attempt)))
         except StatecastError as error:
             self._finish(waiting, error)
-        except BaseException:
-            self._finish(waiting, _broken_off(waiting))
-            raise
+        finally:
+            patience.cancel()
 
     async def _call(self, batch: Sequence[_Waiting], *, wait: bool) -> list[tuple[_Waiting, Outcome]]:
         """Call the commit function for those of the batch whose callers are still there."""
 
         async def work(session: Session) -> list[tuple[_Waiting, Outcome]]:
-            taken = [waiting for waiting in batch if not waiting.answer.cancelled()]
+            taken = [waiting for waiting in batch if not waiting.is_withdrawn]
             gone: list[tuple[_Waiting, Outcome]] = [
-                (waiting, Refused(_closed())) for waiting in batch if waiting.answer.cancelled()
+                (waiting, Refused(_closed())) for waiting in batch if waiting.is_withdrawn
             ]
             if not taken:
                 return gone
-            call = CommitCall([waiting.commit for waiting in taken], self._slices)
+            call = CommitCall([waiting.prepared for waiting in taken])
             arguments = call.arguments(wait=wait)
             for waiting in taken:
-                waiting.is_taken = True
+                waiting.is_sent = True
             rows = await session.write(self._statement, *arguments)
             self._waker.ring(call.slices)
             return [*zip(taken, call.outcomes(rows[0][0]), strict=True), *gone]
@@ -219,34 +251,88 @@ class Committer:
             case Refused(error):
                 self._finish(waiting, error)
             case Busy():
-                pass
+                self._stand_aside(waiting)
 
     def _finish(self, waiting: _Waiting, outcome: tuple[ETag | None, ...] | StatecastError) -> None:
         # The next batch is put together only after all callers of this one had the chance to come again.
-        self._held -= waiting.footprint
+        self._queue.leave(waiting)
         waiting.finish(outcome)
 
-    def free_slot(self) -> None:
-        self._slots += 1
+    def _stand_aside(self, waiting: _Waiting) -> None:
+        """Let a busy commit wait for a place, or for the next look whether it is busy still."""
+        if self._is_over(waiting):
+            return
+        self._aside.append(waiting)
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_again)
+
+    def _is_over(self, waiting: _Waiting) -> bool:
+        """Tell whether a commit that was proven not applied is not to be tried again; it is ended then."""
+        waiting.is_sent = False
+        if self._is_open and not waiting.is_withdrawn:
+            return False
+        self._finish(waiting, _closed())
+        return True
+
+    def _look_again(self) -> None:
+        self._look = None
+        self._look_at = len(self._aside)
         self._dispatch_soon()
 
+    def _keep_watch_later(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(self._lanes.timeout_seconds / 20, self._keep_watch)
 
-class _Slot:
-    """One of the places for batches under way, taken when it is made and given back once."""
+    def _keep_watch(self) -> None:
+        """Refuse what has not had its turn in time."""
+        self._watch = None
+        now = asyncio.get_running_loop().time()
+        for waiting in [waiting for waiting in self._queued if waiting.deadline <= now]:
+            del self._queued[waiting]
+            waiting.finish(_late())
+        for waiting in [waiting for waiting in self._aside if waiting.deadline <= now]:
+            self._aside.remove(waiting)
+            self._finish(waiting, _late())
+        if self._queued or self._aside:
+            self._keep_watch_later()
 
-    def __init__(self, committer: Committer) -> None:
-        self._committer: Committer | None = committer
-        committer._slots -= 1
+    def permit(self, *, slots: int, places: int) -> None:
+        self._slots += slots
+        self._places += places
+        if slots > 0 or places > 0:
+            self._dispatch_soon()
 
-    def free(self) -> None:
-        committer, self._committer = self._committer, None
-        if committer is not None:
-            committer.free_slot()
+
+class _Permits:
+    """What a call that is under way takes: a slot, a place or both, each given back once."""
+
+    def __init__(self, committer: Committer, *, slots: int, places: int) -> None:
+        self._committer = committer
+        self._slots = slots
+        self._places = places
+        committer.permit(slots=-slots, places=-places)
+
+    @property
+    def has_place(self) -> bool:
+        return self._places > 0
+
+    def free_slot(self) -> None:
+        slots, self._slots = self._slots, 0
+        self._committer.permit(slots=slots, places=0)
+
+    def give_back(self) -> None:
+        self.free_slot()
+        places, self._places = self._places, 0
+        self._committer.permit(slots=0, places=places)
 
 
 def _closed() -> StoreUnavailable:
     return StoreUnavailable("the store is not open")
 
 
+def _late() -> StoreUnavailable:
+    return StoreUnavailable("the time was up before it was its turn: another transaction holds what it touches")
+
+
 def _broken_off(waiting: _Waiting) -> StatecastError:
-    return OutcomeUnknown("the store was closed before the answer came") if waiting.is_taken else _closed()
+    return OutcomeUnknown("the store was closed before the answer came") if waiting.is_sent else _closed()

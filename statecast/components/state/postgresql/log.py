@@ -1,6 +1,6 @@
 """The outbox log of a PostgreSQL store: positions are pairs of snapshots, leases are rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -8,10 +8,15 @@ from itertools import groupby
 from typing import Any
 
 import asyncpg
-import orjson
 
-from statecast.components.state.commit import OutboxRecord
-from statecast.components.state.log import Batch, Lease, LogEntry, SliceStatus
+from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
+from statecast.components.state.postgresql.deferred import (
+    DeferredStatements,
+    deferral_columns,
+    deferred_key,
+    settlement_columns,
+)
+from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, read_entry
 from statecast.components.state.postgresql.lanes import Lanes, Session
 from statecast.components.state.postgresql.migration import Log
 from statecast.components.state.postgresql.position import Position, group
@@ -33,6 +38,7 @@ class PostgresqlOutboxLog:
         self._log = log
         self._waker = waker
         self._sql = _Statements(layout, log.number)
+        self._aside = DeferredStatements(layout, log.number, self._sql.advance)
 
     @property
     def slices(self) -> int:
@@ -55,10 +61,14 @@ class PostgresqlOutboxLog:
             return Batch((), ())
         return await self._lanes.run(partial(self._read, leases=list(leases), limit=limit))
 
-    async def advance(self, leases: Sequence[Lease], ttl: timedelta) -> list[Lease]:
+    async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         if not leases:
             return []
-        rows = await self._change(self._sql.advance, *_columns(leases), ttl)
+        arguments = [*_columns(leases), ttl]
+        if deferrals:
+            rows = await self._change(self._aside.advance, *arguments, *deferral_columns(deferrals))
+        else:
+            rows = await self._change(self._sql.advance, *arguments)
         mine = {(row["slice"], row["epoch"]) for row in rows}
         kept = [lease for lease in leases if (lease.slice, lease.epoch) in mine]
         self._waker.let_go({lease.slice for lease in leases} - {lease.slice for lease in kept})
@@ -68,6 +78,24 @@ class PostgresqlOutboxLog:
         if leases:
             self._waker.let_go([lease.slice for lease in leases])
             await self._change(self._sql.release, *_columns(leases))
+
+    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        rows = await self._lanes.run(lambda session: session.read(self._aside.keys, list(slices)))
+        return [deferred_key(row) for row in rows]
+
+    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+        rows = await self._lanes.run(lambda session: session.read(self._aside.read, slice, order_key, limit))
+        return [read_entry(row) for row in rows]
+
+    async def settle_deferred(
+        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
+    ) -> bool:
+        arguments = settlement_columns(lease, order_key, published, failure)
+        rows = await self._change(self._aside.settle, *arguments)
+        return bool(rows[0]["is_left"])
+
+    async def replay(self, order_key: str | None = None) -> int:
+        return len(await self._change(self._aside.replay, order_key))
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
         if any(Position.parse(lease.position).cur is not None for lease in leases):
@@ -97,7 +125,7 @@ class PostgresqlOutboxLog:
         moved: dict[int, Lease] = {}
         for position, members in groups.items():
             rows = await self._rows(session, position, [lease.slice for lease in members], share)
-            entries.extend(map(_entry, rows))
+            entries.extend(map(read_entry, rows))
             after = position.behind(rows[-1]["id"] if rows else None, is_full=len(rows) >= share)
             moved |= {lease.slice: replace(lease, position=str(after)) for lease in members}
         return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
@@ -148,8 +176,7 @@ class _Statements:
         outbox, slices, relays = layout.outbox(log), layout.slices, layout.relays
         # Not visible in prev, looked up by xid; visible in cur, looked up by xid too; then row by row for the rest.
         self.read = (
-            "select id, slice, order_key, event_id, format, pubsub, topic, metadata, body, created_at"
-            f" from {outbox}"
+            f"select {ENTRY_COLUMNS} from {outbox}"
             " where slice = any ($1::smallint[]) and id > $2"
             " and (xid >= pg_snapshot_xmax($3::text::pg_snapshot)"
             "  or xid = any (array(select pg_snapshot_xip($3::text::pg_snapshot))))"
@@ -231,19 +258,6 @@ def _columns(leases: Sequence[Lease]) -> Iterable[list[object]]:
 
 def _position_text(row: Any) -> str:
     return str(Position(row["prev"], row["cur"], row["after"]))
-
-
-def _entry(row: Any) -> LogEntry:
-    record = OutboxRecord(
-        order_key=row["order_key"],
-        event_id=row["event_id"],
-        pubsub=row["pubsub"],
-        topic=row["topic"],
-        body=row["body"],
-        metadata=orjson.loads(row["metadata"]),
-        format=row["format"],
-    )
-    return LogEntry(row["slice"], record, row["created_at"])
 
 
 def _slice_status(row: Any, pending: int, oldest_at: Any) -> SliceStatus:

@@ -10,6 +10,7 @@ import asyncpg
 from statecast.components.state.log import DEFAULT_SLICES
 from statecast.components.state.postgresql.config import PostgresqlConfig, QualifiedName
 from statecast.components.state.postgresql.schema import (
+    COMMIT_PARAMETERS,
     Layout,
     commit_statement,
     log_statements,
@@ -126,8 +127,9 @@ async def _levels(connection: Connection, layout: Layout, app_id: str, component
     log = Log(row["log"], row["slices"])
     has_function = await connection.fetchval(
         "select exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
-        " where n.nspname = $1 and p.proname = $2)",
+        " where n.nspname = $1 and p.proname = $2 and p.pronargs = $3)",
         layout.schema,
         layout.commit_name(log.number),
+        len(COMMIT_PARAMETERS),
     )
     return _Levels(state, own, log, row["next_log"], bool(has_function))

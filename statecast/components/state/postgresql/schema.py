@@ -10,8 +10,8 @@ from statecast.components.state.postgresql.config import QualifiedName
 STATE_LEVEL = 2
 """Dapr's number for its v2 layout: 1 is the table, 2 adds `row_id`."""
 
-OWN_LEVEL = 1
-"""The number of our own tables beside it."""
+OWN_LEVEL = 2
+"""The number of our own tables beside it: 2 adds what is put aside of the logs, and the etags of marks."""
 
 PARTITIONS = 4
 """How many partitions the ring of an outbox has."""
@@ -25,7 +25,7 @@ COMMIT_PARAMETERS = (
     *("g_commit integer[]", "g_type text[]", "g_id text[]", "g_token uuid[]"),
     *("o_commit integer[]", "o_kind text[]", "o_key text[]", "o_value bytea[]", "o_expected text[]"),
     *("o_ttl float8[]", "o_etag uuid[]"),
-    *("m_commit integer[]", "m_digest bytea[]", "m_ttl float8[]"),
+    *("m_commit integer[]", "m_digest bytea[]", "m_ttl float8[]", "m_etags text[]"),
     *("e_commit integer[]", "e_slice smallint[]", "e_order_key text[]", "e_event_id text[]", "e_format smallint[]"),
     *("e_pubsub text[]", "e_topic text[]", "e_metadata text[]", "e_body bytea[]"),
 )
@@ -84,6 +84,14 @@ class Layout:
     @property
     def claims(self) -> str:
         return self._own("claim")
+
+    @property
+    def deferred_keys(self) -> str:
+        return self._own("deferred_key")
+
+    @property
+    def deferred(self) -> str:
+        return self._own("deferred")
 
     def outbox(self, log: int) -> str:
         return self._own(f"outbox_{log}")
@@ -144,8 +152,12 @@ def state_statements(layout: Layout, level: int) -> list[str]:
 
 def own_statements(layout: Layout, level: int) -> list[str]:
     """Bring our own tables from `level` to OWN_LEVEL."""
-    if level >= OWN_LEVEL:
-        return []
+    steps = {1: _first_tables(layout), 2: _deferral_tables(layout)}
+    missing = [statement for step, statements in steps.items() if step > level for statement in statements]
+    return [*missing, _set_level(layout, layout.own_level_key, OWN_LEVEL)] if missing else []
+
+
+def _first_tables(layout: Layout) -> list[str]:
     return [
         f"create table {layout.logs} ("
         " log integer primary key,"
@@ -178,7 +190,36 @@ def own_statements(layout: Layout, level: int) -> list[str]:
         " token uuid not null,"
         " commit_seq bigint not null default 0,"
         " primary key (app_id, type, id)) with (fillfactor = 70)",
-        _set_level(layout, layout.own_level_key, OWN_LEVEL),
+    ]
+
+
+def _deferral_tables(layout: Layout) -> list[str]:
+    return [
+        # `pending` is kept with every change, since relays ask for it often and the entries may be many.
+        f"create table {layout.deferred_keys} ("
+        f" log integer not null references {layout.logs},"
+        " slice smallint not null,"
+        " order_key text not null,"
+        " attempts integer not null,"
+        " due_at timestamptz,"
+        " reason text not null,"
+        " pending bigint not null,"
+        " primary key (log, slice, order_key)) with (fillfactor = 70)",
+        # An id has one order key, so this key is one of (log, slice, id) too.
+        f"create table {layout.deferred} ("
+        f" log integer not null references {layout.logs},"
+        " slice smallint not null,"
+        " order_key text not null,"
+        " id bigint not null,"
+        " event_id text not null,"
+        " format smallint not null,"
+        " pubsub text not null,"
+        " topic text not null,"
+        " metadata json not null,"
+        " body bytea not null,"
+        " created_at timestamptz not null,"
+        " primary key (log, slice, order_key, id))",
+        f"alter table {layout.marks} add column if not exists etags text",
     ]
 
 
@@ -220,10 +261,11 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
 
     It is given the parts of `n` commits as arrays, each part with the number of its commit (from 1), and answers
     one text for each commit: null for applied, else why nothing of it was: `fenced <i>`, `etag <i>`, `duplicate
-    <i>` with the number of the guard, operation or mark among those of this call, or `busy`. Guards come sorted by
-    type and id, operations by the UTF-8 bytes of their key, marks by digest, events in their order; no guard, key
-    or mark comes twice; arrays of what there is none of may be null. `o_kind` is u(psert), d(elete) or c(heck);
-    `o_expected` an etag, `''` for absent, null for no condition. Times to live are seconds.
+    <i> <etags>` with the number of the guard, operation or mark among those of this call, or `busy`. Each commit's
+    guards come sorted by type and id, its operations by the UTF-8 bytes of their key, its marks by digest, its events
+    in their order; no guard, key or mark comes twice; arrays of what there is none of may be null. `o_kind` is
+    u(psert), d(elete) or c(heck); `o_expected` an etag, `''` for absent, null for no condition. Times to live are
+    seconds. `m_etags` is what the mark remembers of its commit's answer, `["<etag>", null]`; a duplicate tells it.
 
     With `wait` a commit waits for those that hold its claims, keys and marks; without, it is `busy` where it would
     have to, for then it has neighbours that should not wait with it. A first write that another program's write
@@ -247,6 +289,7 @@ declare
   nothing text;
   found_etag text;
   found_expiry timestamptz;
+  found_etags text;
   part record;
   locked text[];
   locked_marks bytea[];
@@ -338,9 +381,9 @@ def _alone(layout: Layout, log: int) -> str:
       nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
     end loop;
     for i in 1 .. marks loop
-      select expires_at into found_expiry from {layout.marks} where digest = m_digest[i];
+      select expires_at, etags into found_expiry, found_etags from {layout.marks} where digest = m_digest[i];
       if found_expiry > clock_timestamp() then
-        refusal[m_commit[i]] := 'duplicate ' || i;
+        refusal[m_commit[i]] := concat_ws(' ', 'duplicate', i, found_etags);
       end if;
     end loop;
 
@@ -363,9 +406,9 @@ def _alone(layout: Layout, log: int) -> str:
     end loop;
     for i in 1 .. marks loop
       continue when refusal[m_commit[i]] is not null;
-      insert into {layout.marks} (digest, expires_at)
-        values (m_digest[i], clock_timestamp() + make_interval(secs => m_ttl[i]))
-      on conflict (digest) do update set expires_at = excluded.expires_at;
+      insert into {layout.marks} (digest, expires_at, etags)
+        values (m_digest[i], clock_timestamp() + make_interval(secs => m_ttl[i]), m_etags[i])
+      on conflict (digest) do update set expires_at = excluded.expires_at, etags = excluded.etags;
     end loop;
     for i in 1 .. events loop
       continue when refusal[e_commit[i]] is not null;
@@ -415,7 +458,8 @@ def _together(layout: Layout, log: int) -> str:
         select t.digest from unnest(m_digest) as m(digest) join {layout.marks} t on t.digest = m.digest
         for update of t skip locked);
       for part in
-        select m.commit, m.number, l.digest is null as is_held, t.expires_at > clock_timestamp() as is_set
+        select m.commit, m.number, l.digest is null as is_held, t.expires_at > clock_timestamp() as is_set,
+          t.etags
         from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
         join {layout.marks} t on t.digest = m.digest
         left join unnest(locked_marks) as l(digest) on l.digest = m.digest
@@ -424,7 +468,7 @@ def _together(layout: Layout, log: int) -> str:
         if part.is_held then
           refusal[part.commit] := 'busy';
         elsif part.is_set then
-          refusal[part.commit] := 'duplicate ' || part.number;
+          refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
         end if;
       end loop;
     end if;
@@ -449,10 +493,11 @@ def _together(layout: Layout, log: int) -> str:
         where s.key = o.key and o.kind = 'd' and refusal[o.commit] is null;
     end if;
     if marks > 0 then
-      insert into {layout.marks} (digest, expires_at)
-        select m.digest, clock_timestamp() + make_interval(secs => m.ttl)
-        from unnest(m_commit, m_digest, m_ttl) as m(commit, digest, ttl) where refusal[m.commit] is null
-      on conflict (digest) do update set expires_at = excluded.expires_at;
+      insert into {layout.marks} (digest, expires_at, etags)
+        select m.digest, clock_timestamp() + make_interval(secs => m.ttl), m.etags
+        from unnest(m_commit, m_digest, m_ttl, m_etags) as m(commit, digest, ttl, etags)
+        where refusal[m.commit] is null
+      on conflict (digest) do update set expires_at = excluded.expires_at, etags = excluded.etags;
     end if;
     if events > 0 then
       insert into {layout.outbox(log)} (slice, order_key, event_id, format, pubsub, topic, metadata, body)
