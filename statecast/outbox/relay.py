@@ -81,17 +81,15 @@ class Relay:
                 drain_until = self._clock.monotonic() + self._options.drain.total_seconds()
             try:
                 was_busy = await self._round()
+                if not was_busy:
+                    if stop.is_set() and self._progress.next_retry() is None:
+                        return
+                    await self._rest()
+                self._store_failures = 0
             except (StoreUnavailable, OutcomeUnknown) as error:
                 if stop.is_set():
                     return
                 await self._wait_for_the_store(stop, error)
-                continue
-            self._store_failures = 0
-            if was_busy:
-                continue
-            if stop.is_set() and self._progress.next_retry() is None:
-                return
-            await self._rest()
 
     async def _wait_for_the_store(self, stop: asyncio.Event, error: Exception) -> None:
         self._store_failures += 1
@@ -197,12 +195,15 @@ class Relay:
         slices = self._progress.with_deferred()
         if not slices or self._clock.monotonic() < self._look_aside_at:
             return
-        for key in await self._log.deferred(slices):
+        keys = await self._log.deferred(slices)
+        for key in keys:
             if key.is_due:
                 await self._renew_before_publishing()
             if key.is_due and key.slice in self._progress.slices:
                 await self._aside.retry(key, self._progress.slices[key.slice])
-        self._look_aside_at = self._clock.monotonic() + self._options.look_aside_every.total_seconds()
+        # Parked keys only wait to be replayed by hand, and there may be many to list.
+        pause = self._options.look_aside_every * (10 if all(key.is_parked for key in keys) else 1)
+        self._look_aside_at = self._clock.monotonic() + pause.total_seconds()
 
     async def _rest(self) -> None:
         now = self._clock.monotonic()

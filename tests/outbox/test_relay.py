@@ -358,6 +358,7 @@ class InterruptedLog:
     def __init__(self, log: OutboxLog) -> None:
         self._log = log
         self.is_away = False
+        self.fails_to_wait = False
         self.may_read = asyncio.Event()
         self.may_read.set()
 
@@ -402,6 +403,8 @@ class InterruptedLog:
         await self._require().release(leases)
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:
+        if self.fails_to_wait:
+            raise StoreUnavailable("connection lost")
         await self._require().wait(leases, timeout)
 
     async def trim(self) -> None:
@@ -425,6 +428,19 @@ async def test_a_relay_that_slept_past_its_lease_publishes_nothing_it_had_read(s
             await until(lambda: relay.counts.fenced > 0)
 
     assert sleeper.taken == []
+
+
+async def test_a_store_that_goes_away_while_the_relay_rests_is_waited_for_too(store: MemoryStateStore) -> None:
+    log, broker = InterruptedLog(store.log), ScriptedBroker()
+
+    async with relaying(log, broker) as relay:
+        await until(lambda: len(relay._progress.slices) == 16)
+        log.fails_to_wait = True
+        await until(lambda: relay._store_failures > 0)
+        log.fails_to_wait = False
+        await commit(store, "a", 1)
+
+    assert broker.taken == ["a:1"]
 
 
 async def test_a_store_that_is_away_is_waited_for(store: MemoryStateStore, caplog: pytest.LogCaptureFixture) -> None:
