@@ -53,22 +53,27 @@ def watch_departures() -> None:
 
 
 def _watch_postgresql() -> None:
-    """The task of a connection does a caller's work, and commits go together: the deed is handed along to them."""
+    """The task of a connection does a caller's work, and commits go together: the deed is handed along to them.
+
+    Where statements are not prepared once, as behind a pooler, what leaves first is not yet the statement itself: there
+    nothing is watched.
+    """
     committer = _module("statecast.components.state.postgresql.committer").Committer
+    waiting = _module("statecast.components.state.postgresql.committer")._Waiting
     lanes = _module("statecast.components.state.postgresql.lanes").Lanes
     session = _module("statecast.components.state.postgresql.lanes").Session
     connection = _module("asyncpg.connection").Connection
-    commit, call, run = committer.commit, committer._call, lanes.run
+    wait, call, run = waiting.__init__, committer._call, lanes.run
     write, execute = session.write, connection.execute
     last_commits: list[object] = []
 
-    async def commit_watched(self: Any, wanted: Any) -> Any:
+    def wait_watched(self: Any, *arguments: Any) -> None:
+        wait(self, *arguments)
         if _is_last():
-            last_commits.append(wanted)
-        return await commit(self, wanted)
+            last_commits.append(self)
 
     async def call_watched(self: Any, batch: Any, **options: Any) -> Any:
-        if not _have_common([waiting.commit for waiting in batch], last_commits):
+        if not _have_common(batch, last_commits):
             return await call(self, batch, **options)
         with last_deed():
             return await call(self, batch, **options)
@@ -81,7 +86,7 @@ def _watch_postgresql() -> None:
         return await run(self, last if _is_last() else work)
 
     async def write_watched(self: Any, query: str, *arguments: object) -> Any:
-        if not _is_last():
+        if not (_is_last() and self._prepares):
             return await write(self, query, *arguments)
         if query not in self._statements:
             await self._prepare(query)
@@ -92,7 +97,7 @@ def _watch_postgresql() -> None:
             return await execute(self, query, *arguments, **options)
         _send_and_die(execute(self, query, *arguments, **options))
 
-    committer.commit, committer._call, lanes.run = commit_watched, call_watched, run_watched
+    waiting.__init__, committer._call, lanes.run = wait_watched, call_watched, run_watched
     session.write, connection.execute = write_watched, execute_watched
 
 

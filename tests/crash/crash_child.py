@@ -123,6 +123,7 @@ class Writer:
             await self._write_all(runtime, keys)
             await self._relay_all(runtime)
         async with self._open("mended", relays=False) as runtime:
+            await self._write_all(runtime, keys)
             await _trim_for_a_while(_outbox(runtime))
 
     @asynccontextmanager
