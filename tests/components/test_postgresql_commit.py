@@ -28,7 +28,7 @@ from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
 from statecast.components.state.postgresql.config import QualifiedName
 from statecast.components.state.postgresql.migration import pending_statements
-from statecast.components.state.postgresql.schema import Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
 from statecast.components.testing.deadline import until
 from statecast.errors import (
     ComponentError,
@@ -75,8 +75,7 @@ async def call(connection: asyncpg.Connection, *commits: Commit, wait: bool = Fa
     """Call the function for several commits at once."""
     batch = CommitCall([PreparedCommit(each, 16) for each in commits])
     arguments = batch.arguments(wait=wait)
-    places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
-    return batch.outcomes(await connection.fetchval(f"select statecast_commit_1_v1({places})", *arguments))
+    return batch.outcomes(await connection.fetchval(f"select statecast_commit_1_v1({COMMIT_ARGUMENTS})", *arguments))
 
 
 async def values(connection: asyncpg.Connection) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from statecast.components.state.log import Lease, LogEntry, OutboxLog, slice_of
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
 from statecast.components.state.postgresql.position import Position
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS
 from statecast.components.testing.deadline import until
 
 HOUR = timedelta(hours=1)
@@ -58,8 +59,7 @@ async def read_all(log: OutboxLog, leases: list[Lease]) -> tuple[list[str], list
 async def commit_inside(connection: asyncpg.Connection, commit: Commit) -> None:
     """Call the commit function in a transaction that is open on `connection`."""
     arguments = CommitCall((PreparedCommit(commit, 16),)).arguments(wait=True)
-    places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
-    refusal = await connection.fetchval(f"select statecast_commit_1_v1({places})", *arguments)
+    refusal = await connection.fetchval(f"select statecast_commit_1_v1({COMMIT_ARGUMENTS})", *arguments)
     assert refusal == [None]
 
 

@@ -17,7 +17,7 @@ from statecast.components.state.commit import Commit, Operation
 from statecast.components.state.postgresql.call import Applied, CommitCall, Outcome, PreparedCommit
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.migration import find_layout
-from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, PARTITION_BITS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, PARTITION_BITS, Layout
 from statecast.outbox.event import EventIds, EventSource
 from statecast.outbox.plan import Outbox, plan_commit
 from tests.crash.arena import APP, PUBSUB, STORE
@@ -71,9 +71,8 @@ class CommitFunction:
 
     async def _call(self, connection: asyncpg.Connection, commit: Commit) -> Outcome:
         call = CommitCall((PreparedCommit(commit, self.slices),))
-        places = ", ".join(f"${number}" for number in range(1, len(COMMIT_PARAMETERS) + 1))
         answers = await connection.fetchval(
-            f"select {self.layout.commit(self.log)}({places})", *call.arguments(wait=True)
+            f"select {self.layout.commit(self.log)}({COMMIT_ARGUMENTS})", *call.arguments(wait=True)
         )
         (outcome,) = call.outcomes(answers)
         return outcome

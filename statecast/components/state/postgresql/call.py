@@ -7,7 +7,7 @@ import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID, uuid4
 
 import orjson
@@ -15,9 +15,13 @@ import orjson
 from statecast.components.state.commit import (
     Absent,
     Commit,
+    Concurrency,
+    Delete,
     ETag,
-    KeyChange,
+    Guard,
     Mark,
+    Operation,
+    OutboxRecord,
     Upsert,
     collapse,
     etags_after,
@@ -60,6 +64,12 @@ class Busy:
 Outcome = Applied | Refused | Busy
 
 _BUSY = Busy()
+_NO_ETAG = str(UUID(int=0))
+
+
+_ChangeRow = tuple[str, str, bytes, str | None, float | None, str]
+_MarkRow = tuple[bytes, float, str]
+_RecordRow = tuple[int, str, str, int, str, str, str, bytes]
 
 
 class PreparedCommit:
@@ -69,60 +79,49 @@ class PreparedCommit:
     contradicts itself, InvalidRequest for one that cannot be written.
     """
 
-    __slots__ = ("applied", "changes", "commit", "footprint", "guards", "marks", "records", "slices", "weight")
+    __slots__ = ("applied", "changes", "commit", "footprint", "guards", "marks", "records", "weight")
 
     def __init__(self, commit: Commit, slices: int) -> None:
         self.commit = commit
-        changes = _changes(commit)
-        written = {change.key: _new_etag() for change in changes if isinstance(change.write, Upsert)}
-        self.applied = Applied(etags_after(commit.operations, written))
-        self.changes = [_change_row(change, written.get(change.key)) for change in changes]
-        self.guards = sorted(set(commit.guards), key=lambda guard: (guard.type, guard.id)) if commit.guards else []
+        self.changes, etags = change_rows(commit.operations)
+        self.applied = Applied(etags)
+        self.guards: Sequence[Guard] = ()
+        self.marks: Sequence[_MarkRow] = ()
+        self.footprint: list[Hashable] = [row[1] for row in self.changes]
         try:
-            self.marks = _mark_rows(commit.marks, self.applied.etags) if commit.marks else []
-            self.records = [
-                (
-                    slice_of(record.order_key, slices),
-                    record.order_key,
-                    record.event_id,
-                    record.format,
-                    record.pubsub,
-                    record.topic,
-                    write_metadata(record),
-                    record.body,
-                )
-                for record in commit.records
-            ]
+            self.records = [_record_row(record, slices) for record in commit.records]
+            if commit.marks:
+                self.marks = _mark_rows(commit.marks, etags)
+                self.footprint += [row[0] for row in self.marks]
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest(f"the commit cannot be written: {error}") from error
-        self.slices = {row[0] for row in self.records}
-        self.footprint: list[Hashable] = [change.key for change in changes]
-        self.footprint += [row[0] for row in self.marks]
-        self.footprint += {(guard.type, guard.id) for guard in self.guards}
-        self.weight = sum(len(row[2] or b"") for row in self.changes) + sum(len(row[7]) for row in self.records)
+        if commit.guards:
+            self.guards = sorted(set(commit.guards), key=lambda guard: (guard.type, guard.id))
+            self.footprint += {(guard.type, guard.id) for guard in self.guards}
+        self.weight = sum([len(row[2]) for row in self.changes]) + sum([len(row[7]) for row in self.records])
 
 
 class CommitCall:
-    """One call of the commit function for `commits`."""
+    """One call of the commit function for `commits`; COMMIT_ARGUMENTS takes the arguments."""
 
-    __slots__ = ("_changes", "_commits", "_guards", "_marks", "slices")
+    __slots__ = ("_changes", "_commits", "_guards", "_marks", "_records", "slices")
 
     def __init__(self, commits: Sequence[PreparedCommit]) -> None:
         self._commits = commits
         self._changes = [row for commit in commits for row in commit.changes]
         self._guards = [guard for commit in commits for guard in commit.guards]
         self._marks = [row for commit in commits for row in commit.marks]
-        self.slices: set[int] = set().union(*(commit.slices for commit in commits))
+        self._records = [row for commit in commits for row in commit.records]
+        self.slices = {row[0] for row in self._records}
 
     def arguments(self, *, wait: bool) -> list[object]:
-        commits = self._commits
         return [
-            len(commits),
+            len(self._commits),
             wait,
             *(self._guard_arguments() if self._guards else _NO_GUARDS),
             *(self._change_arguments() if self._changes else _NO_CHANGES),
-            *(_arguments(self._marks, _numbers(commit.marks for commit in commits)) if self._marks else _NO_MARKS),
-            *(self._record_arguments() if self.slices else _NO_RECORDS),
+            *(self._mark_arguments() if self._marks else _NO_MARKS),
+            *(self._record_arguments() if self._records else _NO_RECORDS),
         ]
 
     def outcomes(self, answers: Sequence[str | None]) -> list[Outcome]:
@@ -133,24 +132,36 @@ class CommitCall:
         ]
 
     def _guard_arguments(self) -> Iterator[object]:
-        yield _numbers(commit.guards for commit in self._commits)
+        yield _numbers([len(commit.guards) for commit in self._commits])
         yield [guard.type for guard in self._guards]
         yield [guard.id for guard in self._guards]
         yield [_token(guard.token) for guard in self._guards]
 
     def _change_arguments(self) -> Iterator[object]:
         kinds, keys, values, expected, ttls, etags = zip(*self._changes, strict=True)
-        yield _numbers(commit.changes for commit in self._commits)
-        yield kinds
+        yield _numbers([len(commit.changes) for commit in self._commits])
+        yield f"{{{','.join(kinds)}}}"
         yield keys
         yield values
         yield _unless_empty(expected)
         yield _unless_empty(ttls)
-        yield etags
+        yield f"{{{','.join(etags)}}}"
 
-    def _record_arguments(self) -> Iterable[object]:
-        rows = [row for commit in self._commits for row in commit.records]
-        return _arguments(rows, _numbers(commit.records for commit in self._commits))
+    def _mark_arguments(self) -> Iterator[object]:
+        yield _numbers([len(commit.marks) for commit in self._commits])
+        yield from zip(*self._marks, strict=True)
+
+    def _record_arguments(self) -> Iterator[object]:
+        slices, order_keys, event_ids, formats, pubsubs, topics, metadata, bodies = zip(*self._records, strict=True)
+        yield _numbers([len(commit.records) for commit in self._commits])
+        yield _integers(slices)
+        yield order_keys
+        yield event_ids
+        yield _integers(formats)
+        yield pubsubs
+        yield topics
+        yield metadata
+        yield bodies
 
     def _refused(self, commit: PreparedCommit, answer: str) -> Outcome:
         if answer == "busy":
@@ -173,42 +184,87 @@ class CommitCall:
                 raise AssertionError(f"the commit function answered {reason!r}")
 
 
-def _changes(commit: Commit) -> list[KeyChange]:
-    return collapse(commit.operations) if commit.operations else []
+def change_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], tuple[ETag | None, ...]]:
+    """Make the rows of operations, sorted by key, and the etags that their keys have when these are applied.
+
+    Most commits have one operation for a key, and are spared the bringing together of several.
+    """
+    rows: dict[str, _ChangeRow] = {}
+    etags: list[ETag | None] = []
+    for operation in operations:
+        if isinstance(operation, Upsert):
+            etag = _new_etag()
+            etags.append(etag)
+            absent = operation.concurrency is Concurrency.FIRST_WRITE
+            ttl = None if operation.ttl is None else _seconds(operation.ttl)
+            expected = _expected(operation.etag, absent=absent)
+            rows[operation.key] = ("u", operation.key, operation.value, expected, ttl, etag)
+        elif isinstance(operation, Delete):
+            etags.append(None)
+            rows[operation.key] = ("d", operation.key, b"", _expected(operation.etag, absent=False), None, _NO_ETAG)
+        else:
+            etags.append(operation.etag)
+            expected = _expected(operation.etag, absent=operation.etag is None)
+            rows[operation.key] = ("c", operation.key, b"", expected, None, _NO_ETAG)
+    if len(rows) < len(operations):
+        return collapsed_rows(operations)
+    return [row for _, row in sorted(rows.items())] if len(rows) > 1 else list(rows.values()), tuple(etags)
 
 
-def _change_row(change: KeyChange, etag: ETag | None) -> tuple[str, str, bytes | None, str | None, float | None, Any]:
-    write = change.write
-    if isinstance(write, Upsert):
-        ttl = None if write.ttl is None else _seconds(write.ttl)
-        return "u", change.key, write.value, _expected(change), ttl, etag
-    return "c" if write is None else "d", change.key, None, _expected(change), None, None
+def collapsed_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], tuple[ETag | None, ...]]:
+    """Do what `change_rows` does where several operations may be for one key."""
+    rows: list[_ChangeRow] = []
+    written: dict[str, ETag] = {}
+    for change in collapse(operations):
+        write, key = change.write, change.key
+        absent = isinstance(change.expected, Absent)
+        expected = _expected(None if isinstance(change.expected, Absent) else change.expected, absent=absent)
+        if isinstance(write, Upsert):
+            written[key] = _new_etag()
+            ttl = None if write.ttl is None else _seconds(write.ttl)
+            rows.append(("u", key, write.value, expected, ttl, written[key]))
+        else:
+            rows.append(("c" if write is None else "d", key, b"", expected, None, _NO_ETAG))
+    return rows, etags_after(operations, written)
 
 
-def _mark_rows(marks: Sequence[Mark], etags: Sequence[ETag | None]) -> list[tuple[bytes, float, str]]:
+def _mark_rows(marks: Sequence[Mark], etags: Sequence[ETag | None]) -> list[_MarkRow]:
     remembered = orjson.dumps(etags).decode()
     lives = {mark.digest: mark.ttl for mark in marks}
     return [(digest, _seconds(ttl), remembered) for digest, ttl in sorted(lives.items())]
 
 
-def _arguments(rows: Sequence[tuple[Any, ...]], numbers: list[int]) -> Iterable[object]:
-    return [numbers, *zip(*rows, strict=True)]
+def _record_row(record: OutboxRecord, slices: int) -> _RecordRow:
+    return (
+        slice_of(record.order_key, slices),
+        record.order_key,
+        record.event_id,
+        record.format,
+        record.pubsub,
+        record.topic,
+        write_metadata(record),
+        record.body,
+    )
 
 
-def _numbers(parts: Iterable[Sequence[object]]) -> list[int]:
-    """Tell for each part of each commit the number of its commit."""
-    return [number for number, of_commit in enumerate(parts, start=1) for _ in of_commit]
+def _numbers(counts: Iterable[int]) -> str:
+    """Tell the number of its commit for each of so many parts of each commit: `{1,1,2}`."""
+    return f"{{{''.join([f'{number},' * count for number, count in enumerate(counts, start=1)])[:-1]}}}"
+
+
+def _integers(column: Iterable[int]) -> str:
+    return f"{{{','.join(map(str, column))}}}"
 
 
 def _unless_empty(column: Sequence[T | None]) -> Sequence[T | None] | None:
     return None if column.count(None) == len(column) else column
 
 
-def _expected(change: KeyChange) -> str | None:
-    if isinstance(change.expected, Absent):
-        return ""
+def _expected(etag: str | None, *, absent: bool) -> str | None:
+    if not etag:
+        return "" if absent else None
     # PostgreSQL takes no NUL in a text; such an etag can be no one's, and neither can this word.
-    return "malformed" if change.expected and "\0" in change.expected else change.expected
+    return "malformed" if "\0" in etag else etag
 
 
 def _seconds(ttl: timedelta) -> float:
@@ -218,8 +274,7 @@ def _seconds(ttl: timedelta) -> float:
 def _new_etag() -> ETag:
     """Draw a random UUID (RFC 9562 §5.4), as text: that is what is answered, and the driver packs it as quickly."""
     digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return ETag(f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}")
+    return ETag(f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}")
 
 
 def _token(token: str) -> UUID:

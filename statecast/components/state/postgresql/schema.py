@@ -31,6 +31,15 @@ COMMIT_PARAMETERS = (
 )
 """The parameters of the commit function: guards, operations, marks and events, each with the commit it is of."""
 
+# These arrays come as their text, `{1,1,2}`, since the driver takes many times longer over an array of numbers.
+_AS_TEXT = frozenset({"g_commit", "o_commit", "o_kind", "o_etag", "m_commit", "e_commit", "e_slice", "e_format"})
+
+COMMIT_ARGUMENTS = ", ".join(
+    f"${number}::text::{parameter.split()[1]}" if parameter.split()[0] in _AS_TEXT else f"${number}"
+    for number, parameter in enumerate(COMMIT_PARAMETERS, start=1)
+)
+"""What stands between the brackets of a call of the commit function, for the arguments that `CommitCall` makes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

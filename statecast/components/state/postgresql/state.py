@@ -26,7 +26,7 @@ from statecast.components.state.postgresql.directory import PostgresqlDirectory
 from statecast.components.state.postgresql.lanes import Lanes
 from statecast.components.state.postgresql.log import PostgresqlOutboxLog
 from statecast.components.state.postgresql.migration import Log, find_layout, migrate
-from statecast.components.state.postgresql.schema import COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
 from statecast.components.state.postgresql.sweep import Sweeper
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import StoreUnavailable
@@ -152,14 +152,13 @@ class PostgresqlStateStore:
     def _statements(self, layout: Layout, log: Log, waker: Waker) -> _Open:
         live = "(expires_at is null or expires_at > clock_timestamp())"
         columns = "key, value, etag::text as etag, expires_at"
-        places = ", ".join(f"${number}" for number in range(1, len(COMMIT_PARAMETERS) + 1))
         return _Open(
             log=PostgresqlOutboxLog(self._lanes, layout, log, waker),
             directory=PostgresqlDirectory(self._lanes, layout, self._app_id),
             committer=Committer(
                 self._lanes,
                 waker,
-                f"select {layout.commit(log.number)}({places}){settings_of_statement(self._config)}",
+                f"select {layout.commit(log.number)}({COMMIT_ARGUMENTS}){settings_of_statement(self._config)}",
                 log.slices,
                 CommitterOptions.choose(connections=self._config.connections, groups=self._config.groups_commits),
             ),
