@@ -22,7 +22,7 @@ import asyncpg
 from statecast import Component, Concurrency, Duplicate, RelayOptions, Runtime, RuntimeOptions, StateClient
 from statecast.components.loader import load
 from statecast.components.registry import installed
-from statecast.components.state.log import DeferredKey, OutboxLog
+from statecast.components.state.log import OutboxLog
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.migration import find_layout
 from statecast.components.state.postgresql.schema import PARTITION_BITS
@@ -124,7 +124,7 @@ class Writer:
             await self._relay_all(runtime)
         async with self._open("mended", relays=False) as runtime:
             await self._write_all(runtime, keys)
-            await _trim_for_a_while(_outbox(runtime))
+            await _trim_for_a_while(runtime._components.states[STORE].store.log)
 
     @asynccontextmanager
     async def _open(self, name: str, *, relays: bool = True) -> AsyncIterator[Runtime]:
@@ -191,17 +191,8 @@ class Writer:
         return next(component for component in components if component.name == STORE)
 
 
-def _outbox(runtime: Runtime) -> OutboxLog:
-    return runtime._components.states[STORE].store.log
-
-
-async def _aside(runtime: Runtime) -> list[DeferredKey]:
-    log = _outbox(runtime)
-    return await log.deferred(range(log.slices))
-
-
 async def _has_parked(runtime: Runtime) -> bool:
-    return any(key.is_parked for key in await _aside(runtime))
+    return any(key.is_parked for key in await runtime.outbox_deferred(STORE))
 
 
 async def _is_relayed(runtime: Runtime) -> bool:
@@ -211,8 +202,8 @@ async def _is_relayed(runtime: Runtime) -> bool:
 async def _is_relayed_replaying(runtime: Runtime) -> bool:
     """Replay what is parked; tell whether all is relayed, and nothing aside."""
     if await _has_parked(runtime):
-        await _outbox(runtime).replay()
-    return await _is_relayed(runtime) and not await _aside(runtime)
+        await runtime.outbox_replay(STORE)
+    return await _is_relayed(runtime) and not await runtime.outbox_deferred(STORE)
 
 
 async def _trim_for_a_while(log: OutboxLog) -> None:

@@ -39,9 +39,10 @@ class CrashTable:
             cells = (_cell(found, point).center(len(pair)) for pair, found in self.pairs.items())
             yield "  ".join([point.ljust(width), *cells]).rstrip()
         findings = [each for found in self.pairs.values() for each in found.values() if each is not None]
-        missing = sum(point not in found for found in self.pairs.values() for point in points)
+        missing = len(points) * len(self.pairs) - sum(map(len, self.pairs.values()))
+        kills = f"{len(findings)} kills, {missing} MISSING" if missing else f"{len(findings)} kills"
         yield (
-            f"{len(findings)} kills{f', {missing} MISSING' if missing else ''}: lost {sum(len(each.lost) for each in findings)},"
+            f"{kills}: lost {sum(len(each.lost) for each in findings)},"
             f" doubled in effect {sum(len(each.doubled) for each in findings)},"
             f" reordered {sum(len(each.reordered) for each in findings)};"
             f" events without a commit {sum(len(each.made_up) for each in findings)};"
