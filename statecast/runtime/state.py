@@ -23,7 +23,7 @@ from statecast.components.state.commit import (
 from statecast.components.state.keys import KeyPrefix
 from statecast.components.state.store import StateStore
 from statecast.components.state.value import delete, encode, resolve_ttl, upsert, with_content_type
-from statecast.errors import CorruptState, ETagMismatch, InvalidRequest
+from statecast.errors import CorruptState, Duplicate, ETagMismatch, InvalidRequest
 from statecast.outbox.event import EventIds, EventSource
 from statecast.outbox.plan import Announcement, Outbox, plan_commit
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
@@ -239,10 +239,14 @@ class StateClient:
             announcements=keyed,
             marks=marks,
         )
-        with self._logical_errors():
-            etags = await self._store.transact(commit)
-        after = {operation.key: etag for operation, etag in zip(commit.operations, etags, strict=True)}
-        return tuple(after.get(operation.key) for operation in resolved)
+        try:
+            with self._logical_errors():
+                etags = await self._store.transact(commit)
+        except Duplicate as error:
+            if error.etags is None or len(error.etags) != len(commit.operations):
+                raise
+            raise Duplicate(error.digest, _with_projections(resolved, commit.operations, error.etags)) from None
+        return _with_projections(resolved, commit.operations, etags)
 
     async def _write(self, resolved: Upsert) -> ETag:
         with self._logical_errors():
@@ -277,3 +281,13 @@ class StateClient:
             raise ETagMismatch(self._settings.keys.logical_key(error.key), error.expected) from None
         except CorruptState as error:
             raise CorruptState(self._settings.keys.logical_key(error.key), error.reason) from None
+
+
+def _with_projections(
+    asked: Sequence[Operation], persisted: Sequence[Operation], etags: Sequence[str | None]
+) -> tuple[ETag | None, ...]:
+    """Answer for all operations that were asked for, of which projections were not persisted, by their keys."""
+    after = {
+        operation.key: None if etag is None else ETag(etag) for operation, etag in zip(persisted, etags, strict=True)
+    }
+    return tuple(after.get(operation.key) for operation in asked)

@@ -192,6 +192,18 @@ async def test_a_repeat_under_the_same_idempotency_key_is_a_duplicate(runtime: R
     assert [event.data for event in await inbox.first(2)] == [1, 3]
 
 
+async def test_a_duplicate_tells_what_the_first_commit_was_answered(runtime: Runtime) -> None:
+    store = runtime.state("statestore")
+    operations = [upsert("a", 1), delete("b"), upsert("a", 2, metadata={"outbox.projection": "true"})]
+    first = await store.transact(operations, idempotency_key="payment-1")
+
+    with pytest.raises(Duplicate) as caught:
+        await store.transact(operations, idempotency_key="payment-1")
+
+    assert caught.value.etags == first
+    assert len(first) == 3
+
+
 async def test_the_list_form_returns_an_etag_for_each_operation(runtime: Runtime) -> None:
     store = runtime.state("statestore")
     etag = await store.set("old", 1)
