@@ -26,6 +26,7 @@ from statecast import (
 )
 from statecast.clock import SystemClock
 from statecast.components.registry import BUILT_IN
+from statecast.components.state.commit import Delete, Upsert
 from statecast.pubsub.subscription import Subscription
 
 OUTBOX = {"outboxPublishPubsub": "bus", "outboxPublishTopic": "orders"}
@@ -194,7 +195,11 @@ async def test_a_repeat_under_the_same_idempotency_key_is_a_duplicate(runtime: R
 
 async def test_a_duplicate_tells_what_the_first_commit_was_answered(runtime: Runtime) -> None:
     store = runtime.state("statestore")
-    operations = [upsert("a", 1), delete("b"), upsert("a", 2, metadata={"outbox.projection": "true"})]
+    operations: list[Upsert | Delete] = [
+        upsert("a", 1),
+        delete("b"),
+        upsert("a", 2, metadata={"outbox.projection": "true"}),
+    ]
     first = await store.transact(operations, idempotency_key="payment-1")
 
     with pytest.raises(Duplicate) as caught:

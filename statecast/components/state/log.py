@@ -82,7 +82,8 @@ class Failure:
 class Deferral:
     """Entries of one order key, in their order, that are taken out of the log's order, so that other keys can go on.
 
-    `failure` is about the first of them; None: the key is deferred already, and they queue up behind.
+    `failure` is about the first of them; None: the key is deferred already, and they queue up behind. If it is not
+    any more by then (its settling was done and not answered), they are due at once, with no attempt counted.
     """
 
     entries: tuple[LogEntry, ...]
