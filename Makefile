@@ -1,16 +1,18 @@
-# make demo | test | check | bench: each makes its own .venv first, and again when the requirements have changed.
+# make demo | test | check | bench | soak: each makes its own .venv first, and again when the requirements have changed.
 
 PYTHON ?= python3
 STORE ?= sqlite
 BROKER ?= in-memory
 INPUT ?=
 ARGS ?=
+SECONDS ?= 600
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench format requirements clean
+.PHONY: demo test check bench soak format requirements clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -27,6 +29,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.crash.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 format: $(READY)
 	$(BIN)/ruff format .

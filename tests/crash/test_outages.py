@@ -163,6 +163,7 @@ async def test_redis_away(private_server: StartServer, redis_url: str, tmp_path:
 
 
 async def assert_store_may_go_away(arena: Arena, server: PrivateServer) -> None:
+    """Tried with a Redis that keeps no append-only file: commits are found to have been overwritten."""
     async with load(arena) as under_load:
         server.freeze()
         await assert_nothing_is_committed(under_load)
