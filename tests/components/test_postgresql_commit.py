@@ -24,11 +24,12 @@ from statecast.components.state.commit import (
     OutboxRecord,
     Upsert,
 )
+from statecast.components.state.log import Deferral, Failure
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
 from statecast.components.state.postgresql.config import QualifiedName
 from statecast.components.state.postgresql.migration import pending_statements
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS, Layout
 from statecast.components.testing.deadline import until
 from statecast.errors import (
     ComponentError,
@@ -551,6 +552,41 @@ async def test_a_table_of_an_older_daprd_is_brought_up_to_date_with_its_rows(
     assert item.value == b"kept"
     assert {row["row_id"] for row in await admin.fetch("select row_id from state")} == {1, 2}
     assert await admin.fetchval("select value from dapr_metadata where key = 'migrations-state-v2-'") == "2"
+
+
+async def test_a_database_of_the_first_level_is_brought_up_to_date_with_what_is_in_it(
+    postgresql_url: str, admin: asyncpg.Connection
+) -> None:
+    """Its marks remember no answers, its log puts nothing aside, and its function takes a parameter fewer."""
+    async with store_on(postgresql_url) as store:
+        await store.transact(commit(Upsert("orders||1", b"kept"), event="kept", marks=[mark(1)]))
+    first_parameters = ", ".join(parameter for parameter in COMMIT_PARAMETERS if parameter != "m_etags text[]")
+    await admin.execute(
+        "drop function statecast_commit_1_v1;"
+        f"create function statecast_commit_1_v1({first_parameters}) returns text[] language sql"
+        " as $$ select array['of the first level'] $$;"
+        "drop table statecast_deferred, statecast_deferred_key;"
+        "alter table statecast_mark drop column etags;"
+        "update dapr_metadata set value = '1' where key = 'migrations-statecast-'"
+    )
+
+    async with store_on(postgresql_url) as store:
+        with pytest.raises(Duplicate) as duplicate:
+            await store.transact(commit(marks=[mark(1)]))
+        answer = await store.transact(commit(Upsert("orders||2", b"2"), event="2", marks=[mark(2)]))
+        with pytest.raises(Duplicate) as another:
+            await store.transact(commit(marks=[mark(2)]))
+        batch = await store.log.read(await store.log.acquire("relay", 16, HOUR), 100)
+        failure = Failure(1, None, "refused")
+        await store.log.advance(batch.leases, HOUR, [Deferral(batch.entries, failure)])
+        (key,) = await store.log.deferred(range(16))
+
+    assert (duplicate.value.etags, another.value.etags) == (None, answer)
+    assert [entry.record.event_id for entry in batch.entries] == ["kept", "2"]
+    assert (key.pending, key.is_parked) == (2, True)
+    assert await admin.fetchval("select value from dapr_metadata where key = 'migrations-statecast-'") == "2"
+    async with store_on(postgresql_url) as store:
+        assert (await store.log.deferred(range(16))) == [key]
 
 
 # When things break

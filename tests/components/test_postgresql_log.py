@@ -13,7 +13,7 @@ import pytest
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord, Upsert
-from statecast.components.state.log import Lease, LogEntry, OutboxLog, slice_of
+from statecast.components.state.log import Deferral, Failure, Lease, LogEntry, OutboxLog, slice_of
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
 from statecast.components.state.postgresql.position import Position
@@ -260,6 +260,81 @@ async def test_slices_at_the_same_position_are_read_by_one_statement(
     batch = await store.log.read(leases, 100)
 
     assert len({lease.position for lease in batch.leases}) == 1
+
+
+# What is put aside
+
+
+async def test_what_is_aside_of_one_key_does_not_make_looking_at_the_keys_slow(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    """Relays look often; how many entries wait is counted when they are put aside."""
+    leases = await store.log.acquire("relay", 16, HOUR)
+    await append(store, *(str(number) for number in range(300)), order_key="orders||1")
+    batch = await store.log.read(leases, 1_000)
+    kept = await store.log.advance(batch.leases, HOUR, [Deferral(batch.entries, Failure(1, None, "refused"))])
+    await admin.execute(
+        "insert into statecast_deferred (log, slice, order_key, id, event_id, format, pubsub, topic, metadata, body,"
+        " created_at) select log, slice, order_key, id + 1000 * n, event_id, format, pubsub, topic, metadata, body,"
+        " created_at from statecast_deferred, generate_series(1, 100) n"
+    )
+    await admin.execute("analyze statecast_deferred; select pg_stat_force_next_flush()")
+    before = await entries_fetched(admin)
+
+    (key,) = await store.log.deferred(range(16))
+    entries = await store.log.read_deferred(key.slice, key.order_key, 10)
+    is_left = await store.log.settle_deferred(kept[key.slice], key.order_key, [entries[0].id], None)
+
+    assert (key.pending, len(entries), is_left) == (300, 10, True)
+    assert await entries_fetched(admin) - before < 100
+
+
+async def entries_fetched(admin: asyncpg.Connection) -> int:
+    """Count what the store has read of the table so far; its sessions tell a second after they last did."""
+    query = "select coalesce(idx_tup_fetch, 0) + seq_tup_read from pg_stat_user_tables where relname = $1"
+    seen = -1
+
+    async def is_steady() -> bool:
+        nonlocal seen
+        before, seen = seen, await admin.fetchval(query, "statecast_deferred")
+        await asyncio.sleep(1.1)
+        return bool(before == seen)
+
+    await until(is_steady)
+    return seen
+
+
+@pytest.mark.parametrize("holder", ["another statement", "nobody"])
+async def test_a_settlement_beside_another_statement_for_its_slice_does_nothing_and_is_made_again(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, holder: str
+) -> None:
+    """It could not see what the other one, its own relay's whose answer was lost, has put aside of the key."""
+    await append(store, "1")
+    batch = await store.log.read(await store.log.acquire("relay", 16, HOUR), 100)
+    (entry,) = batch.entries
+    kept = await store.log.advance(batch.leases, HOUR, [Deferral(batch.entries, Failure(1, HOUR, "refused"))])
+    transaction = admin.transaction()
+    await transaction.start()
+    if holder == "another statement":
+        await admin.execute("select from statecast_slice where slice = $1 for update", entry.slice)
+
+    async with asyncio.timeout(10):
+        is_left = await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None)
+
+    await transaction.rollback()
+    assert is_left == (holder == "another statement")
+    assert len(await store.log.deferred(range(16))) == (1 if is_left else 0)
+    assert await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None) is False
+
+
+async def test_a_brokers_words_are_kept_whatever_they_are(store: PostgresqlStateStore) -> None:
+    await append(store, "1")
+    batch = await store.log.read(await store.log.acquire("relay", 16, HOUR), 100)
+
+    kept = await store.log.advance(batch.leases, HOUR, [Deferral(batch.entries, Failure(1, None, "nul \0, \ud800"))])
+
+    assert len(kept) == 16
+    assert [key.reason for key in await store.log.deferred(range(16))] == ["nul \N{REPLACEMENT CHARACTER}, ?"]
 
 
 # Words from other processes

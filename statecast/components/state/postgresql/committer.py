@@ -40,9 +40,11 @@ class CommitterOptions:
     def choose(cls, *, connections: int, groups: bool) -> "CommitterOptions":
         """Choose for so many connections, some of which are left for reads; without `groups` all commits go alone."""
         running = max(1, connections - 2)
-        spared = min(2, running - 1)
-        limits = Limits(commits=64 if groups else 1, members=1_000, weight=1_000_000)
-        return cls(limits, slots=max(1, spared) if groups else running, places=running - spared)
+        spared = min(3, running - 1)
+        limits = Limits(commits=128 if groups else 1, members=1_000, weight=1_000_000)
+        # With one connection nobody may wait at it for another transaction.
+        places = running - spared if connections > 1 else 0
+        return cls(limits, slots=max(1, spared) if groups else running, places=places)
 
 
 class _Waiting:
@@ -207,10 +209,12 @@ class Committer:
         loop = asyncio.get_running_loop()
         patience = loop.call_later(_SLOT_SECONDS, permits.free_slot)
         began = loop.time()
+        # One that is too large for the locks of its keys has to have all others wait, or is always busy.
+        waits = permits.has_place or len(waiting.footprint) > self._limits.members
         try:
             for attempt in range(1, _TRIES + 1):
                 try:
-                    ((_, outcome),) = await self._call([waiting], wait=permits.has_place)
+                    ((_, outcome),) = await self._call([waiting], wait=waits)
                 except Contended:
                     if attempt == _TRIES or loop.time() - began > self._lanes.timeout_seconds / 2:
                         raise

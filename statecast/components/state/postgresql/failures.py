@@ -14,7 +14,8 @@ _TRY_AGAIN = frozenset(
     }
 )
 _READ_ONLY = "25006"
-_INVALID = ("22", "54")  # data exceptions, limits of the server
+# Data exceptions, limits of the server, and constraints and triggers that users have put on the tables.
+_INVALID = ("22", "23", "44", "54", "P0")
 
 
 class Contended(StoreUnavailable):
