@@ -6,7 +6,8 @@ no connection is left in an unknown state, and none can leak with a caller that 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,12 @@ T = TypeVar("T")
 
 _CLOSING_SECONDS = 5.0
 
+SERVER_LIFE = (
+    "concat_ws(' ', extract(epoch from pg_postmaster_start_time()),"
+    " (select extract(epoch from stats_reset) from pg_stat_bgwriter))"
+)
+"""Differs between two lives of a server: it was started anew, or it lost its memory, its statistics too, in a crash."""
+
 
 class Withdrawn(Exception):
     """The caller has gone before anything of its write was sent."""
@@ -32,6 +39,7 @@ class Session:
         self.connection = connection
         self._prepares = prepares
         self._statements: dict[str, Any] = {}
+        self._life: str | None = None
         self._job: _Job[Any] | None = None
 
     async def read(self, query: str, *arguments: object) -> list[Any]:
@@ -50,6 +58,25 @@ class Session:
         if statement is None:
             return await self.connection.fetch(query, *arguments)
         return await statement.fetch(*arguments)  # type: ignore[no-any-return]
+
+    @asynccontextmanager
+    async def in_one_life(self) -> AsyncIterator[str]:
+        """Keep to one life of the server's, and tell which: what its transactions were numbered holds in it alone.
+
+        A connection ends with the life that it is of, where it leads to the server itself.
+        """
+        if self._prepares:
+            yield await self._server_life()
+            return
+        async with self.connection.transaction():
+            self._life = None
+            yield await self._server_life()
+
+    async def _server_life(self) -> str:
+        if self._life is None:
+            (row,) = await self.read(f"select {SERVER_LIFE} as life")
+            self._life = str(row["life"])
+        return self._life
 
     def serve(self, job: "_Job[Any] | None") -> None:
         self._job = job

@@ -17,7 +17,7 @@ from statecast.components.state.postgresql.deferred import (
     settlement_columns,
 )
 from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, read_entry
-from statecast.components.state.postgresql.lanes import Lanes, Session
+from statecast.components.state.postgresql.lanes import Lanes, Session, Work
 from statecast.components.state.postgresql.migration import Log
 from statecast.components.state.postgresql.position import Position, group
 from statecast.components.state.postgresql.schema import PARTITION_BITS, PARTITIONS, Layout
@@ -30,6 +30,10 @@ class PostgresqlOutboxLog:
 
     All statements run on their own, under READ COMMITTED: a snapshot that is pinned by one is read by a later one,
     which sees at least what it names.
+
+    A server that crashed gives numbers of transactions again that nothing durable has come of. A position that is
+    persisted names none of these, but one that was read since may. So what was leased in another life of the server's
+    is not mine any more, and goes on from where it was persisted.
     """
 
     def __init__(self, lanes: Lanes, layout: Layout, log: Log, waker: Waker) -> None:
@@ -39,6 +43,7 @@ class PostgresqlOutboxLog:
         self._waker = waker
         self._sql = _Statements(layout, log.number)
         self._aside = DeferredStatements(layout, log.number, self._sql.advance)
+        self._lives: dict[int, tuple[int, str]] = {}
 
     @property
     def slices(self) -> int:
@@ -51,7 +56,7 @@ class PostgresqlOutboxLog:
     async def acquire(self, owner: str, limit: int, ttl: timedelta) -> list[Lease]:
         if limit <= 0:
             return []
-        rows = await self._change(self._sql.acquire, owner, ttl, limit)
+        rows = await self._run_change(partial(self._acquire, arguments=(owner, ttl, limit)))
         leases = [Lease(row["slice"], owner, row["epoch"], _position_text(row)) for row in rows]
         self._waker.hold([lease.slice for lease in leases])
         return sorted(leases, key=lambda lease: lease.slice)
@@ -64,11 +69,10 @@ class PostgresqlOutboxLog:
     async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         if not leases:
             return []
-        arguments = [*_columns(leases), ttl]
+        statement, others = self._sql.advance, list[object]([ttl])
         if deferrals:
-            rows = await self._change(self._aside.advance, *arguments, *deferral_columns(deferrals))
-        else:
-            rows = await self._change(self._sql.advance, *arguments)
+            statement, others = self._aside.advance, [ttl, *deferral_columns(deferrals)]
+        rows = await self._run_change(partial(self._move, statement=statement, leases=list(leases), others=others))
         mine = {(row["slice"], row["epoch"]) for row in rows}
         kept = [lease for lease in leases if (lease.slice, lease.epoch) in mine]
         self._waker.let_go({lease.slice for lease in leases} - {lease.slice for lease in kept})
@@ -77,7 +81,7 @@ class PostgresqlOutboxLog:
     async def release(self, leases: Sequence[Lease]) -> None:
         if leases:
             self._waker.let_go([lease.slice for lease in leases])
-            await self._change(self._sql.release, *_columns(leases))
+            await self._run_change(partial(self._move, statement=self._sql.release, leases=list(leases), others=[]))
 
     async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
         rows = await self._lanes.run(lambda session: session.read(self._aside.keys, list(slices)))
@@ -109,13 +113,45 @@ class PostgresqlOutboxLog:
         return await self._lanes.run(self._status)
 
     async def _change(self, statement: str, *arguments: object) -> list[Any]:
+        return await self._run_change(lambda session: session.write(statement, *arguments))
+
+    async def _run_change(self, change: Work[list[Any]]) -> list[Any]:
         try:
-            return await self._lanes.run(lambda session: session.write(statement, *arguments))
+            return await self._lanes.run(change)
         except OutcomeUnknown as error:
             # Every change of the log's own rows can be made again, so there is nothing to resolve.
             raise StoreUnavailable(str(error)) from error
 
+    async def _acquire(self, session: Session, *, arguments: Sequence[object]) -> list[Any]:
+        async with session.in_one_life() as life:
+            rows = await session.write(self._sql.acquire, *arguments)
+            self._lives |= {row["slice"]: (row["epoch"], life) for row in rows}
+            return rows
+
+    async def _move(
+        self, session: Session, *, statement: str, leases: list[Lease], others: Sequence[object]
+    ) -> list[Any]:
+        """Persist the positions of leases of this life by `statement`, and give the other ones up."""
+        async with session.in_one_life() as life:
+            valid = [lease for lease in leases if self._is_of(lease, life)]
+            if len(valid) < len(leases):
+                void = [lease for lease in leases if lease not in valid]
+                await session.write(self._sql.give_up, [each.slice for each in void], [each.epoch for each in void])
+            return await session.write(statement, *_columns(valid), *others) if valid else []
+
+    def _is_of(self, lease: Lease, life: str) -> bool:
+        """Tell whether a lease is of this life of the server's, as one is that was leased by another store."""
+        epoch, known_life = self._lives.get(lease.slice, (None, None))
+        return epoch != lease.epoch or known_life == life
+
     async def _read(self, session: Session, *, leases: list[Lease], limit: int) -> Batch:
+        async with session.in_one_life() as life:
+            valid = [lease for lease in leases if self._is_of(lease, life)]
+            batch = await self._read_valid(session, valid, limit) if valid else Batch((), ())
+        moved = {lease.slice: lease for lease in batch.leases}
+        return Batch(batch.entries, tuple(moved.get(lease.slice) or _unpinned(lease) for lease in leases))
+
+    async def _read_valid(self, session: Session, leases: list[Lease], limit: int) -> Batch:
         groups = group(leases)
         if any(position.cur is None for position in groups):
             rows = await session.read("select pg_current_snapshot()::text as snapshot")
@@ -219,6 +255,11 @@ class _Statements:
         )
         self.advance = change.format(what="expires_at = clock_timestamp() + $6")
         self.release = change.format(what="owner = null, expires_at = '-infinity'")
+        self.give_up = (
+            f"update {slices} s set owner = null, expires_at = '-infinity'"
+            " from unnest($1::smallint[], $2::bigint[]) as a(slice, epoch)"
+            f" where s.log = {log} and s.slice = a.slice and s.epoch = a.epoch and s.owner is not null"
+        )
         self.slices = (
             "select slice, case when expires_at > clock_timestamp() then owner end as owner, epoch,"
             f" prev::text as prev, cur::text as cur, after from {slices} where log = {log} order by slice"
@@ -254,6 +295,11 @@ def _columns(leases: Sequence[Lease]) -> Iterable[list[object]]:
     yield [position.prev for position in positions]
     yield [position.cur for position in positions]
     yield [position.after for position in positions]
+
+
+def _unpinned(lease: Lease) -> Lease:
+    """Let a lease from which nothing more is read wait for its end, not ask to be read on."""
+    return replace(lease, position=str(Position(Position.parse(lease.position).prev)))
 
 
 def _position_text(row: Any) -> str:

@@ -22,7 +22,8 @@ from statecast.errors import ComponentError
 
 Connection = asyncpg.Connection
 
-_MIGRATION_LOCK = 0x5CA57000_5CA57000
+MIGRATION_LOCK = 0x5CA57000_5CA57000
+"""The advisory lock of those who change more than rows of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ async def migrate(connection: Connection, layout: Layout, app_id: str, component
         return levels.log
     async with connection.transaction():
         await connection.execute("set local statement_timeout = 0")
-        await connection.execute("select pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
+        await connection.execute("select pg_advisory_xact_lock($1)", MIGRATION_LOCK)
         for statement in metadata_statements(layout):
             await connection.execute(statement)
         levels = await _levels(connection, layout, app_id, component)

@@ -74,6 +74,9 @@ class Layout:
     def own_cleanup_key(self) -> str:
         return f"last-cleanup-statecast-{self.prefix}"
 
+    def cluster_key(self, log: int) -> str:
+        return f"cluster-statecast-{self.prefix}-{log}"
+
     @property
     def logs(self) -> str:
         return self._own("log")

@@ -1,13 +1,13 @@
 """State on PostgreSQL, in Dapr's v2 table; a commit is one call of a function."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from hashlib import blake2b
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import asyncpg
 
@@ -25,11 +25,14 @@ from statecast.components.state.postgresql.connecting import (
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
 from statecast.components.state.postgresql.lanes import Lanes
 from statecast.components.state.postgresql.log import PostgresqlOutboxLog
-from statecast.components.state.postgresql.migration import Log, find_layout, migrate
+from statecast.components.state.postgresql.migration import Log, find_layout, migrate, pending_statements
+from statecast.components.state.postgresql.residence import Residence
 from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
 from statecast.components.state.postgresql.sweep import Sweeper
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import StoreUnavailable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,9 @@ class PostgresqlStateStore:
         self._component = component
         self._app_id = app_id
         self._clock = clock
+        self._residence: Residence | None = None
         self._lanes = Lanes(
-            self._connect,
+            self._connect_lane,
             limit=self._config.connections,
             timeout=self._config.timeout,
             prepares=not self._config.is_pooled,
@@ -116,6 +120,14 @@ class PostgresqlStateStore:
         """Remove what has expired now, unless another process has done so within the cleanup interval."""
         await self._require_open().sweeper.sweep(asyncio.Event())
 
+    async def pending_migrations(self) -> list[str]:
+        return await self._ahead(
+            lambda connection, layout: pending_statements(connection, layout, self._app_id, self._component.name)
+        )
+
+    async def migrate(self) -> None:
+        await self._prepare_schema()
+
     def _require_open(self) -> _Open:
         if self._opened is None:
             raise StoreUnavailable(f"state store {self._component.name!r} is not open")
@@ -124,13 +136,32 @@ class PostgresqlStateStore:
     async def _connect(self, timeout: float | None = None) -> asyncpg.Connection:
         return await connect(self._config, application=f"statecast {self._app_id}", timeout=timeout)
 
+    async def _connect_lane(self, timeout: float) -> asyncpg.Connection:
+        connection = await self._connect(timeout)
+        try:
+            if self._residence is not None:
+                async with asyncio.timeout(timeout):
+                    await self._residence.check(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
     async def _prepare_schema(self) -> tuple[Layout, Log]:
-        """Bring the schema up to date on a connection of its own; whatever fails here is told with the component."""
+        async def prepare(connection: asyncpg.Connection, layout: Layout) -> tuple[Layout, Log]:
+            log = await migrate(connection, layout, self._app_id, self._component.name)
+            self._residence = Residence(layout, log)
+            await self._residence.check(connection)
+            return layout, log
+
+        return await self._ahead(prepare)
+
+    async def _ahead(self, work: Callable[[asyncpg.Connection, Layout], Awaitable[T]]) -> T:
+        """Do `work` on a connection of its own, before the store is open; what fails is told with the component."""
         try:
             connection = await self._connect()
             try:
-                layout = await find_layout(connection, self._config)
-                return layout, await migrate(connection, layout, self._app_id, self._component.name)
+                return await work(connection, await find_layout(connection, self._config))
             finally:
                 await connection.close(timeout=1)
         except OPENING_FAILURES as error:
