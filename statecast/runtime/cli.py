@@ -1,4 +1,4 @@
-"""The command line: `statecast demo`, `statecast outbox`, `statecast servers`."""
+"""The command line: `statecast demo`, `statecast migrate`, `statecast outbox`, `statecast servers`."""
 
 import sys
 from typing import IO
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from statecast.errors import StatecastError
 from statecast.runtime.demo import DemoBroker, DemoStore, run_demo, sample_path
+from statecast.runtime.migrate_command import migrate
 from statecast.runtime.outbox_command import outbox
 from statecast.runtime.servers import ServerFailed, ServerMissing
 from statecast.runtime.servers_command import servers
@@ -49,6 +50,7 @@ def demo(context: click.Context, store: str, broker: str, source: IO[str] | None
         context.exit(run_demo(DemoStore(store), DemoBroker(broker), lines, rate=rate, crash=crash, console=Console()))
 
 
+command_line.add_command(migrate)
 command_line.add_command(outbox)
 command_line.add_command(servers)
 

@@ -1,0 +1,190 @@
+"""`statecast migrate`, and what processes of two releases do beside each other."""
+
+import asyncio
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from click.testing import CliRunner, Result
+
+from statecast.clock import SystemClock
+from statecast.components.manifest import Component
+from statecast.components.state.commit import Commit, OutboxRecord, Upsert
+from statecast.components.state.postgresql import PostgresqlStateStore
+from statecast.errors import ComponentError
+from statecast.runtime.cli import command_line
+from statecast.runtime.server import ServerKind, ServerMissing, Variant
+from statecast.runtime.server_processes import find_installation
+
+APP = "shop"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, postgresql_url: str) -> Path:
+    (tmp_path / "components.yaml").write_text(f"""
+apiVersion: dapr.io/v1alpha1
+kind: Component
+metadata: {{name: statestore}}
+spec:
+  type: state.postgresql
+  version: v2
+  metadata:
+  - {{name: connectionString, value: "{postgresql_url}"}}
+---
+apiVersion: dapr.io/v1alpha1
+kind: Component
+metadata: {{name: cache}}
+spec: {{type: state.in-memory}}
+---
+apiVersion: dapr.io/v1alpha1
+kind: Component
+metadata: {{name: bus}}
+spec: {{type: pubsub.in-memory}}
+""")
+    return tmp_path
+
+
+def store_on(url: str) -> PostgresqlStateStore:
+    component = Component("statestore", "state.postgresql", "v2", {"connectionString": url})
+    return PostgresqlStateStore(component, app_id=APP, clock=SystemClock())
+
+
+async def tables(url: str) -> set[str]:
+    admin = await asyncpg.connect(url)
+    rows = await admin.fetch("select tablename from pg_tables where schemaname = 'public'")
+    await admin.close()
+    return {row["tablename"] for row in rows}
+
+
+def run(folder: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(command_line, ["migrate", "--resources-path", str(folder), "--app-id", APP, *arguments])
+
+
+async def in_thread(call: Callable[..., Result], *arguments: object) -> Result:
+    """The command has an event loop of its own."""
+    return await asyncio.to_thread(call, *arguments)
+
+
+async def test_a_migration_makes_the_schema_once(folder: Path, postgresql_url: str) -> None:
+    first, second = await in_thread(run, folder), await in_thread(run, folder)
+
+    assert first.exit_code == 0, first.output
+    assert "statestore: is up to date now, after" in first.output
+    assert {"state", "statecast_log", "statecast_outbox_1"} <= await tables(postgresql_url)
+    assert "statestore: is up to date\n" in second.output
+
+
+async def test_a_store_without_migrations_says_so_and_brokers_are_no_stores(folder: Path) -> None:
+    result = await in_thread(run, folder)
+
+    assert "cache: state.in-memory is migrated when it is opened" in result.output
+    assert "bus" not in result.output
+
+
+async def test_one_store_can_be_chosen(folder: Path, postgresql_url: str) -> None:
+    result = await in_thread(run, folder, "--store", "cache")
+
+    assert "statestore" not in result.output
+    assert await tables(postgresql_url) == set()
+
+
+def test_a_store_that_is_not_there_is_named(folder: Path) -> None:
+    result = run(folder, "--store", "gone")
+
+    assert result.exit_code != 0
+    assert "'gone' is not loaded; loaded are: cache, statestore" in str(result.exception)
+
+
+async def test_a_server_that_cannot_be_used_is_an_error_of_the_component(folder: Path) -> None:
+    text = (folder / "components.yaml").read_text().replace("postgresql://postgres@", "postgresql://nobody@")
+    (folder / "components.yaml").write_text(text)
+
+    result = await in_thread(run, folder)
+
+    assert isinstance(result.exception, ComponentError)
+    assert 'role "nobody" does not exist' in str(result.exception)
+
+
+async def test_what_is_printed_changes_nothing_and_is_a_script_that_someone_else_can_run(
+    folder: Path, postgresql_url: str
+) -> None:
+    printed = await in_thread(run, folder, "--print")
+    untouched = await tables(postgresql_url)
+
+    psql(postgresql_url, printed.output)
+
+    assert untouched == set()
+    assert "statestore: is up to date\n" in (await in_thread(run, folder, "--print")).output
+    async with store_on(await without_rights(postgresql_url)) as store:
+        await store.transact(Commit((Upsert("a", b"1"),), (OutboxRecord("a", "1", "bus", "t", b""),)))
+
+
+async def without_rights(url: str) -> str:
+    """Give the URL of a role that may read and write rows, and make nothing."""
+    role, admin = f"plain_{uuid4().hex}", await asyncpg.connect(url)
+    await admin.execute(f"create role {role} login")
+    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
+    await admin.execute(f"grant usage on all sequences in schema public to {role}")
+    await admin.close()
+    return urlsplit(url)._replace(netloc=urlsplit(url).netloc.replace("postgres@", f"{role}@")).geturl()
+
+
+def psql(url: str, script: str) -> None:
+    try:
+        place = find_installation(ServerKind.POSTGRESQL, Variant.CURRENT).place
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+    done = subprocess.run(
+        [f"{place}/psql", "--no-psqlrc", "--quiet", url], input=script, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Releases beside each other
+
+FUNCTIONS = "select oid::regprocedure::text from pg_proc where proname like 'statecast_commit_1_v%' order by oid"
+
+
+async def test_a_release_adds_its_function_beside_that_of_the_one_before(postgresql_url: str) -> None:
+    """The one before has a function of the same name with other parameters: that is taken for ours if only the name
+    is looked at (tried)."""
+    admin = await asyncpg.connect(postgresql_url)
+    async with store_on(postgresql_url):
+        pass
+    (ours,) = [row[0] for row in await admin.fetch(FUNCTIONS)]
+    await admin.execute(f"drop function {ours}")
+    await admin.execute(other_release("statecast_commit_1_v1", "the one before"))
+
+    async with store_on(postgresql_url) as store:
+        await store.transact(Commit((Upsert("a", b"1"),)))
+
+    assert {row[0] for row in await admin.fetch(FUNCTIONS)} == {ours, "statecast_commit_1_v1(integer,boolean)"}
+    assert await admin.fetchval("select statecast_commit_1_v1(1, true)") == ["the one before"]
+    assert await admin.fetchval("select value from state") == b"1"
+    await admin.close()
+
+
+async def test_a_release_works_on_beside_the_function_of_the_next_one(folder: Path, postgresql_url: str) -> None:
+    admin = await asyncpg.connect(postgresql_url)
+    async with store_on(postgresql_url) as store:
+        await store.transact(Commit((Upsert("a", b"1"),)))
+        await admin.execute(other_release("statecast_commit_1_v99", "the next one"))
+        await admin.execute("update dapr_metadata set value = '99' where key = 'migrations-statecast-'")
+
+        await store.transact(Commit((Upsert("b", b"2"),)))
+    async with store_on(postgresql_url) as store:
+        await store.transact(Commit((Upsert("c", b"3"),)))
+
+    assert "statestore: is up to date\n" in (await in_thread(run, folder)).output
+    assert await admin.fetchval("select count(*) from state") == 3
+    await admin.close()
+
+
+def other_release(name: str, answer: str) -> str:
+    return (
+        f"create function {name}(n integer, wait boolean) returns text[] language sql as $$ select array['{answer}'] $$"
+    )
