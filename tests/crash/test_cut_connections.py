@@ -146,10 +146,10 @@ class Bench:
         return was_made
 
     def new_commit(self) -> Commit:
-        # All are of one size, so that each byte of one is the same byte of the next.
+        # All are of one size, and of one slice, so that each byte of one is the same byte of the next.
         key = f"{APP}||order-{len(self.commits):06}"
         mark = Mark(sha256(key.encode()).digest()[:16], HOUR)
-        record = OutboxRecord(key, key, "pubsub", "orders", b"{}")
+        record = OutboxRecord(f"{APP}||orders", key, "pubsub", "orders", b"{}")
         self.commits.append(Commit((Upsert(key, b'{"total":250}'),), (record,), (mark,)))
         return self.commits[-1]
 
