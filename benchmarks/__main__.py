@@ -23,6 +23,7 @@ BENCHMARKS = (
     "events",
     "relay",
     "latency",
+    "space",
 )
 
 

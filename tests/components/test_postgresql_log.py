@@ -450,6 +450,45 @@ async def test_a_partition_that_an_open_transaction_has_written_to_is_kept_and_r
     await writer.close()
 
 
+async def test_what_was_committed_late_is_kept_until_it_is_read(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    """It fails when only the end of the snapshots is looked at, not what was open in them (tried)."""
+    writer = await asyncpg.connect(postgresql_url)
+    transaction = writer.transaction()
+    await transaction.start()
+    await commit_inside(writer, Commit((), (record("orders||late", "late"),)))
+    await fill_partitions(store, admin)
+    _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+    leases = await store.log.advance(leases, HOUR)
+    await transaction.commit()
+
+    await store.log.trim()
+    late, leases = await read_all(store.log, leases)
+    await store.log.advance(leases, HOUR)
+    await store.log.trim()
+
+    assert late == ["late"]
+    assert await counts(admin) == [0, 0, 10, 0]
+    await writer.close()
+
+
+async def test_a_transaction_left_open_elsewhere_does_not_keep_what_is_passed(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    foreign = await asyncpg.connect(postgresql_url)
+    async with foreign.transaction():
+        await foreign.execute("select pg_current_xact_id()")
+        await fill_partitions(store, admin)
+        _, leases = await read_all(store.log, await store.log.acquire("relay", 16, HOUR))
+        await store.log.advance(leases, HOUR)
+
+        await store.log.trim()
+
+        assert await counts(admin) == [0, 0, 10, 0]
+    await foreign.close()
+
+
 async def test_a_trim_gives_up_while_a_dump_holds_the_table(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:

@@ -267,12 +267,17 @@ class _Statements:
         self.last_id = f"select last_value from {layout.outbox_ids(log)}"
 
     def passed(self, partition: int) -> str:
-        """Tell whether the partition has rows, and every slice's position has passed the last of them."""
+        """Tell whether the partition has rows, and all of them are visible in every slice's snapshot.
+
+        Transactions that are open do not count, as long as they have no rows there: those that do hold its lock.
+        """
+        table = self._layout.partition(self._log, partition)
+        slices = f"{self._layout.slices} where log = {self._log}"
         return (
-            "select coalesce((select xid from"
-            f" {self._layout.partition(self._log, partition)} order by xid desc limit 1)"
-            f" < (select min(pg_snapshot_xmin(prev)) from {self._layout.slices} where log = {self._log}),"
-            " false) as is_passed"
+            f"select coalesce((select xid from {table} order by xid desc limit 1)"
+            f" < (select min(pg_snapshot_xmax(prev)) from {slices}), false)"
+            f" and not exists (select from {table}"
+            f"  where xid = any (array(select pg_snapshot_xip(prev) from {slices}))) as is_passed"
         )
 
     def reclaim(self, partition: int) -> str:
