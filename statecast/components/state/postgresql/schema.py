@@ -258,6 +258,8 @@ def log_statements(layout: Layout, log: int, slices: int, app_id: str, component
         f" partition by list (((id >> {PARTITION_BITS}) % {PARTITIONS}))",
         *(
             f"create table {layout.partition(log, number)} partition of {outbox} for values in ({number})"
+            # A vacuum holds the lock that emptying it takes, for seconds, and works on rows that are soon gone anyway.
+            " with (autovacuum_vacuum_insert_threshold = -1)"
             for number in range(PARTITIONS)
         ),
         # Two indexes, not one on both: a read walks by id and probes by xid, whichever is the shorter way.
