@@ -46,8 +46,11 @@ class DeferredRetry:
         """Make the failure of an event that was refused for the first time."""
         return Failure(1, self._options.back_off.pause(1), reason)
 
-    async def retry(self, key: DeferredKey, progress: SliceProgress) -> None:
-        """Publish what is aside of a key, in order, up to the first event that is refused again."""
+    async def retry(self, key: DeferredKey, progress: SliceProgress) -> bool:
+        """Publish what is aside of a key, in order, up to the first event that is refused again.
+
+        Tell whether the broker answered at all; where it did not, other keys need not be tried now.
+        """
         entries = await self._log.read_deferred(key.slice, key.order_key, BATCH)
         outcomes = await self._publisher.publish(entries)
         published = [
@@ -58,6 +61,7 @@ class DeferredRetry:
         is_left = await self._log.settle_deferred(progress.settled_lease, key.order_key, published, failure)
         if not is_left:
             progress.deferred_keys.discard(key.order_key)
+        return not entries or isinstance(outcomes[0], Published | Refused)
 
     async def _failure(
         self, key: DeferredKey, entries: Sequence[LogEntry], outcomes: Sequence[Outcome]

@@ -21,6 +21,9 @@ from statecast.outbox.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
+MOST_RETRIED = 100
+"""So many keys that are aside are tried again in one round, so that the log is read in between."""
+
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
@@ -196,11 +199,17 @@ class Relay:
         if not slices or self._clock.monotonic() < self._look_aside_at:
             return
         keys = await self._log.deferred(slices)
-        for key in keys:
-            if key.is_due:
-                await self._renew_before_publishing()
-            if key.is_due and key.slice in self._progress.slices:
-                await self._aside.retry(key, self._progress.slices[key.slice])
+        due = [key for key in keys if key.is_due]
+        for key in due[:MOST_RETRIED]:
+            await self._renew_before_publishing()
+            if key.slice in self._progress.slices and not await self._aside.retry(
+                key, self._progress.slices[key.slice]
+            ):
+                # The broker is away: the other keys would each wait for its answer in vain, and hold up the log.
+                break
+        else:
+            if len(due) > MOST_RETRIED:
+                return
         # Parked keys only wait to be replayed by hand, and there may be many to list.
         pause = self._options.look_aside_every * (10 if all(key.is_parked for key in keys) else 1)
         self._look_aside_at = self._clock.monotonic() + pause.total_seconds()

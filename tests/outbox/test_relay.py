@@ -202,6 +202,39 @@ async def test_a_key_refused_too_often_is_parked_until_it_is_replayed(store: Mem
     assert await store.log.deferred(range(store.log.slices)) == []
 
 
+async def test_a_broker_that_is_away_is_asked_once_a_look_however_many_keys_are_aside(
+    store: MemoryStateStore,
+) -> None:
+    """Fails when the look goes on with the next key."""
+    broker = ScriptedBroker(lambda message: Refused("too large"))
+    async with relaying(store.log, broker, options=PATIENT) as relay:
+        for number in range(30):
+            await commit(store, f"key-{number}", 0)
+        await until(lambda: relay.counts.deferred == 30)
+        tried: list[str] = []
+
+        def go_away(message: Message) -> Outcome:
+            tried.append(str(message.key))
+            return Unreachable("away")
+
+        broker.answer = go_away
+        looks = 0
+        look = store.log.deferred
+
+        async def count_looks(slices: Collection[int]) -> list[DeferredKey]:
+            nonlocal looks
+            looks += 1
+            return await look(slices)
+
+        store.log.deferred = count_looks  # type: ignore[method-assign]
+        await until(lambda: looks >= 10)
+        tries = len(tried)
+        broker.answer = lambda message: Published()
+        await until(lambda: len(set(broker.taken)) == 30)
+
+    assert tries <= looks + 1
+
+
 async def test_the_dead_letter_topic_gets_a_copy_at_parking(store: MemoryStateStore) -> None:
     dead: list[Message] = []
 
