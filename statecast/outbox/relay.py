@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from statecast.clock import Clock
 from statecast.components.broker.broker import Broker, Outcome, Published, Unknown, Unreachable
-from statecast.components.state.log import LogEntry, OutboxLog
+from statecast.components.state.log import Lease, LogEntry, OutboxLog
 from statecast.errors import OutcomeUnknown, StoreUnavailable
 from statecast.outbox.deferred import DeferredRetry, RelayCounts, RetryOptions
 from statecast.outbox.progress import Progress, Refusal, Topic, fair_share
@@ -59,6 +59,8 @@ class Relay:
         self._publisher = Publisher(brokers, self._options.publish_timeout)
         self._aside = DeferredRetry(log, self._publisher, self._options.retry, self.counts)
         self._progress = Progress(self._options.retry.back_off)
+        # Leases that are held while the keys aside in them are not known yet.
+        self._unlisted: list[Lease] = []
         self._store_failures = 0
         self._attend_at = 0.0
         self._persist_at = 0.0
@@ -128,11 +130,14 @@ class Relay:
         self._attend_at = now + self._options.lease.total_seconds() / (3 if is_complete else 20)
 
     async def _acquire(self, missing: int) -> None:
-        if missing <= 0:
-            return
-        leases = await self._log.acquire(self._name, missing, self._options.lease)
-        # Before anything is read: what belongs to a key that is aside must go aside too.
-        self._progress.add(leases, await self._log.deferred([lease.slice for lease in leases]))
+        wanted = missing - len(self._unlisted)
+        if wanted > 0:
+            self._unlisted += await self._log.acquire(self._name, wanted, self._options.lease)
+        if self._unlisted:
+            # Before anything is read: what belongs to a key that is aside must go aside too.
+            deferred = await self._log.deferred([lease.slice for lease in self._unlisted])
+            self._progress.add(self._unlisted, deferred)
+            self._unlisted = []
 
     async def _read(self) -> bool:
         leases = self._progress.readable()
@@ -227,7 +232,7 @@ class Relay:
     async def _give_up(self) -> None:
         try:
             await self._persist()
-            await self._log.release(self._progress.settled())
+            await self._log.release([*self._progress.settled(), *self._unlisted])
             await self._log.heartbeat(self._name, timedelta(0))
         except (StoreUnavailable, OutcomeUnknown) as error:
             logger.warning("relay %s: leases were not given back, they run out by themselves: %s", self._name, error)

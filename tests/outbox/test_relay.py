@@ -392,6 +392,7 @@ class InterruptedLog:
         self._log = log
         self.is_away = False
         self.fails_to_wait = False
+        self.fails_to_list = False
         self.may_read = asyncio.Event()
         self.may_read.set()
 
@@ -419,6 +420,8 @@ class InterruptedLog:
         return await self._require().advance(leases, ttl, deferrals)
 
     async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+        if self.fails_to_list:
+            raise StoreUnavailable("connection lost")
         return await self._require().deferred(slices)
 
     async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
@@ -461,6 +464,20 @@ async def test_a_relay_that_slept_past_its_lease_publishes_nothing_it_had_read(s
             await until(lambda: relay.counts.fenced > 0)
 
     assert sleeper.taken == []
+
+
+async def test_a_store_that_goes_away_right_after_slices_were_leased_leaves_none_alone(
+    store: MemoryStateStore,
+) -> None:
+    """Fails when such leases are forgotten: the slices rest until they run out, here for an hour."""
+    log, broker = InterruptedLog(store.log), ScriptedBroker()
+    log.fails_to_list = True
+
+    async with relaying(log, broker, options=replace(QUICK, lease=timedelta(hours=1))) as relay:
+        await until(lambda: relay._store_failures > 0)
+        log.fails_to_list = False
+        await commit(store, "a", 1)
+        await until(lambda: broker.taken == ["a:1"])
 
 
 async def test_a_store_that_goes_away_while_the_relay_rests_is_waited_for_too(store: MemoryStateStore) -> None:
