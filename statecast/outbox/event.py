@@ -8,10 +8,11 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import count
+
+import msgspec
 
 from statecast.components.state.commit import OutboxRecord
 from statecast.errors import InvalidRequest
@@ -69,8 +70,7 @@ class EventIds:
         return f"{self._label}-{self._prefix}-{next(self._numbers)}"
 
 
-@dataclass(frozen=True, slots=True)
-class EventSource:
+class EventSource(msgspec.Struct, frozen=True):
     """What all events of one commit have in common."""
 
     app_id: str

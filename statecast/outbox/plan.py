@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from statecast.components.manifest import Component
 from statecast.components.metadata import MetadataReader, is_truthy
 from statecast.components.state.commit import Commit, Delete, Mark, Operation, OutboxRecord, Upsert
@@ -31,8 +33,7 @@ class Outbox:
     dead_letter_topic: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
+class Announcement(msgspec.Struct, frozen=True):
     """An event that a transaction publishes beside those of its upserts; `key` is a full state key or None."""
 
     data: Data

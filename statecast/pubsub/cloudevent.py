@@ -9,7 +9,6 @@ import builtins
 import re
 from binascii import Error as Base64Error
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -24,16 +23,14 @@ MEDIA_TYPE = "application/cloudevents+json"
 VALID_ATTRIBUTE_NAME = re.compile(r"[a-z0-9]+")  # CloudEvents 1.0 §3.1
 
 
-@dataclass(frozen=True, slots=True)
-class TraceContext:
+class TraceContext(msgspec.Struct, frozen=True):
     """The W3C trace that an event belongs to; empty where there is none."""
 
     traceparent: str = ""
     tracestate: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(msgspec.Struct, frozen=True):
     """The data of an event as bytes, with what they are.
 
     `is_json`: the bytes are one JSON value, whatever the content type says of its presentation.
@@ -44,8 +41,7 @@ class Data:
     is_json: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CloudEvent:
+class CloudEvent(msgspec.Struct, frozen=True):
     """An event as received. Nothing is required of it: absent attributes read as empty text.
 
     `attributes` are all members but the data, `data` is a JSON value, text, or bytes (from `data_base64`, and the
@@ -54,7 +50,7 @@ class CloudEvent:
 
     attributes: Mapping[str, Any]
     data: Any = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -148,7 +144,7 @@ def timestamp(moment: datetime) -> str:
     """Write a time as RFC 3339 in UTC, to the millisecond: `2026-01-02T03:04:05.678Z`."""
     if moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
-    return moment.isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z"
+    return moment.isoformat("T", "milliseconds").replace("+00:00", "Z")
 
 
 def _is_json(body: bytes) -> bool:

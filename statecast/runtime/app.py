@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from statecast.clock import Clock, SystemClock
 from statecast.components.broker.broker import Broker, Published
 from statecast.components.loader import Source, load
@@ -194,7 +196,7 @@ class Runtime:
         """
         log, keys = self._log_of(store), self._keys_of(store)
         found = await log.deferred(range(log.slices))
-        return [replace(each, order_key=keys.logical_key(each.order_key)) for each in found]
+        return [structs.replace(each, order_key=keys.logical_key(each.order_key)) for each in found]
 
     async def outbox_replay(self, store: str, key: str | None = None) -> int:
         """Let relays try parked keys again (all, or this one as `outbox_deferred` names it); return how many they are.

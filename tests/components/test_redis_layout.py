@@ -1,7 +1,6 @@
 """What stands in the database, seen by a client that knows nothing of the store."""
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,6 +8,7 @@ from urllib.parse import urlsplit
 import msgpack  # type: ignore[import-untyped]  # has no stubs
 import pytest
 import redis
+from msgspec.structs import replace
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component

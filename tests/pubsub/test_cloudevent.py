@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from cloudevents.core.formats.json import JSONFormat
@@ -6,7 +7,7 @@ from cloudevents.core.v1.event import CloudEvent as PackageEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statecast.pubsub.cloudevent import Data, content_type_of, data_member, envelope, parse_event
+from statecast.pubsub.cloudevent import Data, content_type_of, data_member, envelope, parse_event, timestamp
 
 ATTRIBUTES = {"specversion": "1.0", "id": "1", "source": "shop", "type": "T"}
 
@@ -90,3 +91,11 @@ def test_data_converts_to_a_type() -> None:
 def test_data_that_does_not_fit_the_type_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="int"):
         parse_event(b'{"data":{"a":"x"}}', {}).decode(dict[str, int])
+
+
+@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(0)), timezone(timedelta(hours=2))])
+@pytest.mark.parametrize(("microsecond", "fraction"), [(0, "000"), (678_999, "678")])
+def test_a_time_is_told_in_utc_and_always_to_the_millisecond(zone: timezone, microsecond: int, fraction: str) -> None:
+    moment = datetime(2026, 1, 2, 3, 4, 5, microsecond, tzinfo=UTC).astimezone(zone)
+
+    assert timestamp(moment) == f"2026-01-02T03:04:05.{fraction}Z"

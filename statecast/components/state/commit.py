@@ -5,7 +5,6 @@ Python, which is the order of their UTF-8 bytes, so `sorted` gives the one lock 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from typing import Any, Final, NewType, TypeVar, cast
@@ -30,8 +29,7 @@ class Consistency(StrEnum):
     STRONG = "strong"
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(msgspec.Struct, frozen=True):
     """A stored value as read. `etag` is `""` only for a value without a version, which another program wrote."""
 
     key: str
@@ -54,8 +52,7 @@ class Item:
         return msgspec.json.decode(self.value, type=type)
 
 
-@dataclass(frozen=True, slots=True)
-class Upsert:
+class Upsert(msgspec.Struct, frozen=True):
     """Write `value` at `key`.
 
     `etag` given: only if the key has it now. `concurrency` first-write without an etag: only if the key is absent.
@@ -71,20 +68,18 @@ class Upsert:
     consistency: Consistency | None = None
     ttl: timedelta | None = None
     is_binary: bool = False
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(msgspec.Struct, frozen=True):
     """Remove `key`; with an etag only if the key has it now. A key that is absent is no error without an etag."""
 
     key: str
     etag: ETag | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None."""
 
     key: str
@@ -94,8 +89,7 @@ class Check:
 Operation = Upsert | Delete | Check
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRecord:
+class OutboxRecord(msgspec.Struct, frozen=True):
     """One event, rendered completely, that is written in the commit which it tells of.
 
     `order_key` decides the slice: records with the same one are relayed in commit order. `pubsub`, `topic`, `body`
@@ -108,12 +102,11 @@ class OutboxRecord:
     pubsub: str
     topic: str
     body: bytes
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
     format: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """The fact "this was done": a 16-byte digest that the commit sets, and that refuses a second commit for `ttl`."""
 
     digest: bytes
@@ -124,8 +117,7 @@ class Mark:
             raise InvalidRequest(f"a mark is a digest of 16 bytes, not of {len(self.digest)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
+class Guard(msgspec.Struct, frozen=True):
     """An actor claim that must still hold when the commit is applied; made by `Directory.claim`."""
 
     type: str
@@ -133,8 +125,7 @@ class Guard:
     token: str
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(msgspec.Struct, frozen=True):
     """What one transaction hands the store: applied as a whole or not at all."""
 
     operations: tuple[Operation, ...]
@@ -150,8 +141,7 @@ class Absent(Enum):
 ABSENT: Final = Absent.ABSENT
 
 
-@dataclass(frozen=True, slots=True)
-class KeyChange:
+class KeyChange(msgspec.Struct, frozen=True):
     """All that a commit wants of one key: what must hold before, and the one write that is left (None: only check)."""
 
     key: str

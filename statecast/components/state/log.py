@@ -2,9 +2,10 @@
 
 from binascii import crc32
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
+
+import msgspec
 
 from statecast.components.state.commit import OutboxRecord
 
@@ -16,8 +17,7 @@ def slice_of(order_key: str, slices: int) -> int:
     return crc32(order_key.encode()) % slices
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """The fenced right to relay one slice.
 
     `epoch` grows with every acquisition: progress that is reported under an older one is refused. `position` is
@@ -30,8 +30,7 @@ class Lease:
     position: str
 
 
-@dataclass(frozen=True, slots=True)
-class LogEntry:
+class LogEntry(msgspec.Struct, frozen=True):
     """One record as read from the log, with the moment its commit was made (by the database's clock).
 
     `id` names the entry within its slice, the same at every read; only the log that made it can read it.
@@ -43,16 +42,14 @@ class LogEntry:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """What one read found: the entries, those of one order key in commit order, and each lease moved behind them."""
 
     entries: tuple[LogEntry, ...]
     leases: tuple[Lease, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SliceStatus:
+class SliceStatus(msgspec.Struct, frozen=True):
     """How far the relaying of one slice is; `owner` is None where no lease is live.
 
     `pending` counts the records behind the persisted position, `oldest_at` is when the first of them was committed.
@@ -66,8 +63,7 @@ class SliceStatus:
     oldest_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True):
     """Why the first entry of a key is not published: tried so often, to be tried again after `pause`.
 
     A `pause` of None parks the key: it is not tried again before `replay`.
@@ -78,8 +74,7 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Deferral:
+class Deferral(msgspec.Struct, frozen=True):
     """Entries of one order key, in their order, that are taken out of the log's order, so that other keys can go on.
 
     `failure` is about the first of them; None: the key is deferred already, and they queue up behind. If it is not
@@ -90,8 +85,7 @@ class Deferral:
     failure: Failure | None
 
 
-@dataclass(frozen=True, slots=True)
-class DeferredKey:
+class DeferredKey(msgspec.Struct, frozen=True):
     """An order key whose entries wait beside the log; `is_due` by the database's clock, never when parked."""
 
     slice: int

@@ -3,11 +3,13 @@
 import asyncio
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, count, islice
 from operator import itemgetter
 from typing import Final
+
+from msgspec.structs import replace
 
 from statecast.clock import Clock
 from statecast.components.state.commit import OutboxRecord

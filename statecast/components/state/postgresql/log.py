@@ -1,13 +1,13 @@
 """The outbox log of a PostgreSQL store: positions are pairs of snapshots, leases are rows."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import asyncpg
+from msgspec.structs import replace
 
 from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
 from statecast.components.state.postgresql.deferred import (

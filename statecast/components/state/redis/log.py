@@ -5,10 +5,11 @@ What is put aside of a stream is kept in a sorted set beside it, from the step o
 
 import asyncio
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Final, Self
+
+from msgspec.structs import replace
 
 from statecast.clock import Clock
 from statecast.components.redis.connection import Command, ErrorReply, NotSent, Reply, Unanswered, pack

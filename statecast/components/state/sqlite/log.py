@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from typing import Any, cast
 
 import apsw
+from msgspec.structs import replace
 
 from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
 from statecast.components.state.sqlite import deferred
