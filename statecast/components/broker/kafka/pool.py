@@ -5,7 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from statecast.components.broker.kafka.producer import Producer, SendFailed
+from statecast.components.broker.kafka.producer import Producer, SendFailed, TopicRefused
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class ProducerPool:
         self._waiters: deque[asyncio.Future[Producer]] = deque()
 
     async def borrow(self) -> Producer:
-        """Wait for a producer. Raises SendFailed when one cannot be opened."""
+        """Wait for a producer. Raises SendFailed or TopicRefused when one cannot be opened."""
         if not self._idle:
             return await self._wait_for_one()
         self._lent += 1
@@ -87,7 +87,7 @@ class ProducerPool:
         except asyncio.CancelledError:
             self._close(producer)
             raise
-        except SendFailed as error:
+        except (SendFailed, TopicRefused) as error:
             self._close(producer)
             self._fail_waiters(error)
         except Exception as error:
@@ -106,11 +106,11 @@ class ProducerPool:
                 return
         self._idle.append(producer)
 
-    def _fail_waiters(self, error: SendFailed) -> None:
+    def _fail_waiters(self, error: SendFailed | TopicRefused) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_exception(SendFailed(*error.args))
+                waiter.set_exception(type(error)(*error.args))
 
     def _close(self, producer: Producer) -> None:
         closing = asyncio.ensure_future(producer.close())

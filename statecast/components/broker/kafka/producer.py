@@ -27,6 +27,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.metadata import MetadataRequest
 
 from statecast.components.broker.kafka.config import KafkaConfig
+from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.records import Record
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class MessageRefused(Exception):
 
 
 class TopicRefused(Exception):
-    """The broker takes nothing for this topic."""
+    """The broker takes nothing for this topic; raised by `start`, for any topic."""
 
 
 class SendFailed(Exception):
@@ -84,6 +85,7 @@ class Producer:
     """
 
     def __init__(self, config: KafkaConfig) -> None:
+        self._config = config
         self._driver: Any = AIOKafkaProducer(
             **config.connection_options(),
             acks="all",
@@ -99,11 +101,15 @@ class Producer:
         self._watch_requests()
 
     async def start(self) -> None:
-        """Connect and take a producer id. Raises SendFailed; the producer is to be closed then too."""
+        """Connect and take a producer id. Raises SendFailed, TopicRefused; the producer is to be closed then too."""
         try:
             await self._driver.start()
+        except ClusterAuthorizationFailedError as error:
+            # KIP-679: who may write any topic gets a producer id.
+            reason = "may write no topic, or lacks IdempotentWrite on a cluster older than Kafka 2.8"
+            raise TopicRefused(f"{self._user} {reason}: {text_of(error)}") from error
         except (KafkaError, OSError, TimeoutError) as error:
-            raise SendFailed(f"no connection: {_text(error)}") from error
+            raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
     async def partitions(self, topic: str, patience: float) -> list[int]:
         """Tell the topic's partitions, making it where the server makes topics by use.
@@ -117,7 +123,7 @@ class Producer:
             try:
                 await self._ask_for(topic, is_last_time=asyncio.get_running_loop().time() >= deadline)
             except (KafkaError, OSError, TimeoutError) as error:
-                raise SendFailed(f"no metadata: {_text(error)}") from error
+                raise SendFailed(f"no metadata: {text_of(error)}") from error
         return sorted(client.cluster.partitions_for_topic(topic))
 
     def any_partition(self, topic: str) -> int:
@@ -141,12 +147,12 @@ class Producer:
             stored = await self._driver.send_batch(sending.builder, sending.topic, partition=sending.partition)
             await stored
         except _ABOUT_MESSAGE as error:
-            raise MessageRefused(_text(error)) from error
+            raise MessageRefused(text_of(error)) from error
         except _ABOUT_TOPIC as error:
-            raise TopicRefused(f"{sending.topic}: {_text(error)}") from error
+            raise self._refusal(sending.topic, type(error)) from error
         # The driver asserts that the partition is there: a topic that was made anew may have fewer.
         except (KafkaError, OSError, TimeoutError, AssertionError) as error:
-            raise SendFailed(_text(error)) from error
+            raise SendFailed(text_of(error)) from error
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -167,6 +173,11 @@ class Producer:
             await asyncio.wait(tasks, timeout=_CLOSE_SECONDS)
         await cut_off(self._driver.client)
 
+    @property
+    def _user(self) -> str:
+        login = self._config.credentials
+        return f"user {'ANONYMOUS' if login is None else login.username!r}"
+
     def _tasks(self) -> list[asyncio.Task[Any]]:
         return [task for task in (self._driver._sender.sender_task, *self._requests) if task is not None]
 
@@ -177,9 +188,12 @@ class Producer:
         if error is NoError:
             await self._driver.partitions_for(topic)
         elif error in _ABOUT_TOPIC or (error is UnknownTopicOrPartitionError and is_last_time):
-            raise TopicRefused(f"{topic}: {error.description}")
+            raise self._refusal(topic, error)
         else:
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _refusal(self, topic: str, error: type[BrokerResponseError]) -> TopicRefused:
+        return TopicRefused(f"{topic}, as {self._user}: {error.message}: {error.description}")
 
     def _watch_requests(self) -> None:
         """Learn which batches were handed to a connection, which the driver does not tell.
@@ -220,7 +234,3 @@ async def cut_off(client: Any) -> None:
     if not closing.done():
         closing.cancel()
         await asyncio.wait([closing])
-
-
-def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__

@@ -70,6 +70,8 @@ class Publication:
                 producer = await pool.borrow()
             except SendFailed as error:
                 return self._give_up(Unreachable(str(error)))
+            except TopicRefused as error:
+                return self._give_up(Refused(str(error), is_about_topic=True))
             try:
                 is_well = await self._send_round(producer)
             except BaseException:

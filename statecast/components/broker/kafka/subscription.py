@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
 
 from statecast.components.broker.broker import Delivery, Message
 from statecast.components.broker.kafka.config import KafkaConfig
+from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.producer import cut_off
 from statecast.components.broker.kafka.records import decode
 
@@ -24,6 +25,10 @@ COMMIT_SECONDS = 0.1
 _LEAVE_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _STAND_SECONDS = 10.0
+
+_NOT_JOINED = "no subscription to topic %r of Kafka yet: %s"
+_NOT_READ = "topic %r of Kafka is not read, trying again: %s"
+_NOT_COMMITTED = "what is settled of topic %r of Kafka is not committed yet: %s"
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +79,7 @@ class Subscription:
         self._stands = asyncio.Event()
         self._is_assembled = asyncio.Event()
         self._failure: Exception | None = None
+        self._complaints: dict[str, str] = {}
         self._closed = asyncio.Event()
         self._opening: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -178,15 +184,14 @@ class Subscription:
                 if self._failure is not None:
                     raise self._failure
             except (KafkaError, OSError, TimeoutError) as error:
-                logger.warning(
-                    "no subscription to topic %r of Kafka yet: %s", self._topic, str(error) or type(error).__name__
-                )
                 await _stop(consumer)
+                self._complain(_NOT_JOINED, await explain(error, self._config))
                 await asyncio.sleep(_RETRY_SECONDS)
             except asyncio.CancelledError:
                 await _stop(consumer)
                 raise
             else:
+                self._complaints.pop(_NOT_JOINED, None)
                 return
 
     def _new_consumer(self) -> Any:
@@ -216,6 +221,14 @@ class Subscription:
         while True:
             try:
                 await self._read_some()
+                self._complaints.pop(_NOT_READ, None)
+            except KafkaError as error:
+                self._complain(_NOT_READ, text_of(error))
+                # Without a right to the topic one is a member all the same. After anything else, as a right to the
+                # group that was missing for a moment, the driver may be none any more, and say nothing of it.
+                if not isinstance(error, TopicAuthorizationFailedError):
+                    self._failure = error
+                await asyncio.sleep(_RETRY_SECONDS)
             except Exception:
                 logger.exception("reading topic %r of Kafka failed, and goes on", self._topic)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -223,13 +236,14 @@ class Subscription:
     async def _read_some(self) -> None:
         await self._has_room.wait()
         if self._failure is not None:
-            await self._start_anew(self._failure)
+            self._complain(_NOT_READ, text_of(self._failure))
+            await self._start_anew()
         fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
         for where, records in fetched.items():
             self._take_in(where, records)
 
-    async def _start_anew(self, failure: Exception) -> None:
-        logger.warning("joining group %r of Kafka again: %s", self._group, str(failure) or type(failure).__name__)
+    async def _start_anew(self) -> None:
+        self._stands.clear()
         for partition in self._partitions.values():
             partition.is_ours = False
         await _stop(self._consumer)
@@ -279,11 +293,18 @@ class Subscription:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._consumer.commit(offsets)
         except (KafkaError, TimeoutError) as error:
-            logger.warning("committing topic %r of Kafka: %s", self._topic, str(error) or type(error).__name__)
+            self._complain(_NOT_COMMITTED, text_of(error))
             self._is_dirty.set()
             return
+        self._complaints.pop(_NOT_COMMITTED, None)
         for partition in moved:
             partition.committed = offsets[partition.where]
+
+    def _complain(self, message: str, reason: str) -> None:
+        """Log what fails when it begins to, and when the reason changes: a right that is missing may be so for days."""
+        if self._complaints.get(message) != reason:
+            self._complaints[message] = reason
+            logger.warning(message, self._topic, reason)
 
     async def _leave(self, consumer: Any) -> None:
         if self._stands.is_set():
