@@ -8,12 +8,8 @@ from typing import cast
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.loop import run
 from benchmarks.ratio import Ratio
-
-try:
-    from uvloop import run
-except ImportError:
-    from asyncio import run  # type: ignore[assignment]
 
 BENCHMARKS = (
     "postgresql_transact",
@@ -22,6 +18,7 @@ BENCHMARKS = (
     "kafka_publish",
     "events",
     "relay",
+    "relay_beside_writers",
     "latency",
     "space",
 )
