@@ -99,10 +99,9 @@ async def test_a_wrong_password_is_told_at_once(kafka: GuardedKafka, allowed: st
     assert "wrong" not in outcome.reason
 
 
-async def test_a_mechanism_that_the_server_does_not_have_is_told(
-    kafka: GuardedKafka, allowed: str, caplog: pytest.LogCaptureFixture
+async def test_a_user_whom_the_server_knows_by_another_mechanism_is_told_by_which(
+    kafka: GuardedKafka, allowed: str
 ) -> None:
-    """Whom the server knows by PLAIN alone is unknown to it by SCRAM."""
     async with broker_of(kafka, "stranger", saslMechanism="SHA-512") as broker:
         (outcome,) = await broker.publish([Message(allowed, b"1")], LONG)
 
