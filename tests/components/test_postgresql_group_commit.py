@@ -39,6 +39,7 @@ from statecast.errors import (
 )
 
 HOUR = timedelta(hours=1)
+CALLS_AT_ONCE = 3
 PATIENCE_SECONDS = 60
 
 Answer = tuple[ETag | None, ...] | BaseException
@@ -133,17 +134,17 @@ async def deadlocks(admin: asyncpg.Connection) -> int:
 # Together
 
 
-async def test_commits_that_wait_together_go_in_one_call(
+async def test_commits_that_wait_together_share_a_few_calls(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
     commits = [write(f"orders||{number}") for number in range(100)]
 
     applied = await answers(store, commits)
 
-    assert await calls(admin) == 1
+    assert await calls(admin) == CALLS_AT_ONCE
     found = {row["key"]: str(row["etag"]) for row in await admin.fetch("select key, etag from state")}
     assert applied == [(found[f"orders||{number}"],) for number in range(100)]
-    assert await event_ids(admin) == [f"orders||{number}#0" for number in range(100)]
+    assert sorted(await event_ids(admin)) == sorted(f"orders||{number}#0" for number in range(100))
 
 
 async def test_where_commits_are_not_to_be_grouped_each_has_its_call(
@@ -219,8 +220,8 @@ async def test_a_commit_that_is_refused_leaves_its_neighbours(
     assert outcomes[17].etags == (etag,)
     good = [f"orders||{number}" for number in range(40) if number not in bad]
     assert await keys(admin) == {"orders||old", *good}
-    assert await event_ids(admin) == [f"{key}#0" for key in good]
-    assert await calls(admin) == 1
+    assert sorted(await event_ids(admin)) == sorted(f"{key}#0" for key in good)
+    assert await calls(admin) == CALLS_AT_ONCE
 
 
 async def test_a_batch_that_was_rolled_back_for_one_commit_is_run_one_by_one_and_each_once(
@@ -236,7 +237,8 @@ async def test_a_batch_that_was_rolled_back_for_one_commit_is_run_one_by_one_and
     assert isinstance(outcomes[20], InvalidRequest)
     good = [f"orders||{number}#0" for number in range(40) if number not in (20, 30)]
     assert sorted(await event_ids(admin)) == sorted([*good, "orders||7#1"])
-    assert await calls(admin) == 39
+    # Of 14, 14 and 11 commits, and one that waited for its key, the second call was rolled back.
+    assert await calls(admin) == 1 + 13 + 1 + 1
     assert await event_ids(admin, "orders||7") == ["orders||7#0", "orders||7#1"]
 
 

@@ -107,6 +107,15 @@ def test_what_is_too_large_for_any_batch_goes_by_itself() -> None:
     assert [[each.number for each in batch] for batch in batches] == [[0], [1], [2]]
 
 
+@given(limits, st.integers(1, 1_000), st.integers(1, 10))
+def test_every_call_has_a_part_of_what_is_waiting(limits: Limits, commits: int, calls: int) -> None:
+    share = limits.share(commits, calls)
+
+    assert 1 <= share.commits <= limits.commits
+    assert share.commits * calls >= min(commits, limits.commits * calls)
+    assert (share.commits - 1) * calls < commits
+
+
 # The rows of a commit
 
 etags = st.none() | st.sampled_from([ETag(""), ETag("1"), ETag("nul\0")])

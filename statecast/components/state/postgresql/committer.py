@@ -100,6 +100,7 @@ class Committer:
         self._statement = statement
         self._slices = slices
         self._limits = options.limits
+        self._calls = options.slots
         self._slots = options.slots
         self._places = options.places
         self._queue: CommitQueue[_Waiting] = CommitQueue()
@@ -110,6 +111,7 @@ class Committer:
         self._watch: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
         self._look_at = 0
+        self._running = 0
         self._is_dispatch_due = False
         self._is_open = True
 
@@ -168,7 +170,7 @@ class Committer:
         if self._look_at > 0 and (batch := take_batch(self._aside, self._limits)):
             self._look_at -= len(batch)
             return batch
-        batch = self._queue.next_batch(self._limits)
+        batch = self._queue.next_batch(self._limits.share(len(self._queued) + self._running, self._calls))
         for waiting in batch:
             del self._queued[waiting]
         return batch
@@ -177,10 +179,12 @@ class Committer:
         running = self._run_one(batch[0], permits) if len(batch) == 1 else self._run_together(batch)
         task = asyncio.get_running_loop().create_task(running, name="postgresql commit")
         self._tasks.add(task)
+        self._running += len(batch)
         task.add_done_callback(partial(self._end, batch, permits))
 
     def _end(self, batch: list[_Waiting], permits: "_Permits", task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._running -= len(batch)
         permits.give_back()
         if task.cancelled() or task.exception() is not None:
             for waiting in batch:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 
@@ -31,6 +31,13 @@ class Limits:
     commits: int
     members: int
     weight: int
+
+    def share(self, commits: int, calls: int) -> "Limits":
+        """Keep to a fair part of so many commits, so that all of so many calls have some.
+
+        One call with all of them would leave the server idle while its answers are read, and the client idle meanwhile.
+        """
+        return replace(self, commits=min(self.commits, -(-commits // calls)))
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting)
