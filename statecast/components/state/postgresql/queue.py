@@ -37,7 +37,7 @@ class Limits:
 
         One call with all of them would leave the server idle while its answers are read, and the client idle meanwhile.
         """
-        return replace(self, commits=min(self.commits, -(-commits // calls)))
+        return replace(self, commits=max(1, min(self.commits, -(-commits // calls))))
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting)
