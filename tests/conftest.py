@@ -3,7 +3,7 @@
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from statecast.runtime.servers import (
 )
 
 _SERVERS = pytest.StashKey[Servers]()
+_BEGAN = pytest.StashKey[float]()
 _MISSING = pytest.StashKey[dict[str, str]]()
 _redis_databases = itertools.cycle(range(16))
 
@@ -77,6 +78,22 @@ def private_server(servers: Servers, request: pytest.FixtureRequest) -> Iterator
     yield start
     for server in started:
         server.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail what went on for longer than its time: an event loop only logs a timeout that is raised in a callback."""
+    report = yield
+    began = item.stash.setdefault(_BEGAN, call.start)
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    # The timer starts a moment before the first phase does.
+    if call.when == "call" and report.passed and call.stop - began > 0.99 * seconds:
+        report.outcome = "failed"
+        report.longrepr = f"it took {call.stop - began:.0f} s; the time for a test is {seconds:.0f} s"
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statecast.components.state.commit import ETag, Item
+from statecast.components.state.commit import Delete, ETag, Item, Upsert
 from statecast.components.state.value import FOREVER, encode, resolve_ttl, upsert
 from statecast.errors import InvalidRequest
 
@@ -48,6 +48,20 @@ def test_raw_json_is_kept_byte_for_byte() -> None:
 def test_what_is_no_json_is_refused_by_its_type() -> None:
     with pytest.raises(InvalidRequest, match="a value of type object cannot be stored"):
         encode(object())
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (Item("k", b"1", ETag("1")), r"Item cannot be stored: .*`json\(\)`"),
+        ({"item": Item("k", b"1", ETag("1"))}, r"`json\(\)`"),
+        (Upsert("k", b"1"), "Upsert cannot be stored: .*transaction"),
+        (Delete("k"), "Delete cannot be stored: .*transaction"),
+    ],
+)
+def test_what_a_store_gave_or_takes_is_no_value_to_be_stored(value: Any, advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=advice):
+        encode(value)
 
 
 @pytest.mark.parametrize("type", [StructOrder, DataOrder, ModelOrder])

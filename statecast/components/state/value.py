@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from statecast.components.state.commit import Concurrency, Consistency, Delete, ETag, Upsert
+from statecast.components.state.commit import Concurrency, Consistency, Delete, ETag, Item, Upsert
 from statecast.errors import InvalidRequest
 
 TTL_METADATA = "ttlInSeconds"
@@ -59,7 +59,8 @@ def encode(value: Any) -> tuple[bytes, bool]:
     try:
         return orjson.dumps(value, default=_plain), False
     except TypeError as error:
-        raise InvalidRequest(f"a value of type {type(value).__name__} cannot be stored: {error}") from error
+        reason = error.__cause__ or error
+        raise InvalidRequest(f"a value of type {type(value).__name__} cannot be stored: {reason}") from error
 
 
 def resolve_ttl(ttl: timedelta | None, metadata: Mapping[str, str], default: timedelta | None) -> timedelta | None:
@@ -94,6 +95,10 @@ def _ttl_of(metadata: Mapping[str, str]) -> timedelta | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Item):
+        raise TypeError("it is a value with its key and etag; the value itself is its `value`, or its `json()`")
+    if isinstance(value, Upsert | Delete):
+        raise TypeError("it is an operation, which belongs into a transaction")
     if isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
     if isinstance(value, msgspec.Raw):
