@@ -30,6 +30,7 @@ from statecast.components.state.postgresql.residence import Residence
 from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
 from statecast.components.state.postgresql.sweep import Sweeper
 from statecast.components.state.postgresql.wake import Waker
+from statecast.components.state.sweeping import sweeping
 from statecast.errors import StoreUnavailable
 
 T = TypeVar("T")
@@ -86,7 +87,9 @@ class PostgresqlStateStore:
             stack.push_async_callback(waker.close)
             stack.callback(opened.committer.stop)
             self._opened = opened
-            self._start_sweeping(stack, opened.sweeper)
+            await stack.enter_async_context(
+                sweeping(opened.sweeper.sweep, self._config.cleanup_interval, self._clock, name=self._component.name)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -168,18 +171,6 @@ class PostgresqlStateStore:
             failure = failure_at_opening(error)
             raise type(failure)(f"{describe(self._component)}: {failure}") from error
 
-    def _start_sweeping(self, stack: AsyncExitStack, sweeper: Sweeper) -> None:
-        if self._config.cleanup_interval is None:
-            return
-        stop = asyncio.Event()
-        task = asyncio.create_task(sweeper.run(stop), name="postgresql sweeper")
-
-        async def end() -> None:
-            stop.set()
-            await asyncio.wait({task})
-
-        stack.push_async_callback(end)
-
     def _statements(self, layout: Layout, log: Log, waker: Waker) -> _Open:
         live = "(expires_at is null or expires_at > clock_timestamp())"
         columns = "key, value, etag::text as etag, expires_at"
@@ -193,7 +184,7 @@ class PostgresqlStateStore:
                 log.slices,
                 CommitterOptions.choose(connections=self._config.connections, groups=self._config.groups_commits),
             ),
-            sweeper=Sweeper(self._lanes, layout, self._config.cleanup_interval or timedelta(), self._clock),
+            sweeper=Sweeper(self._lanes, layout, self._config.cleanup_interval or timedelta()),
             get=f"select {columns} from {layout.state} where key = $1 and {live}",
             bulk_get=f"select {columns} from {layout.state} where key = any ($1::text[]) and {live}",
         )
