@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -502,6 +503,32 @@ async def test_a_trim_gives_up_while_a_dump_holds_the_table(
         kept = await admin.fetchval("select count(*) from statecast_outbox_1_0")
 
     assert kept == 10
+
+
+async def test_a_role_that_may_not_truncate_relays_on_and_is_told_once(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    role = f"plain_{uuid4().hex}"
+    await admin.execute(f"create role {role} login")
+    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
+    await admin.execute(f"grant usage, select on all sequences in schema public to {role}")
+    await fill_partitions(store, admin)
+
+    url = urlsplit(postgresql_url)
+    as_role = url._replace(netloc=f"{role}@{url.hostname}:{url.port}").geturl()
+    component = Component("statestore", "state.postgresql", "v2", {"connectionString": as_role})
+    async with PostgresqlStateStore(component, app_id="orders", clock=SystemClock()) as plain:
+        seen, leases = await read_all(plain.log, await plain.log.acquire("relay", 16, HOUR))
+        await plain.log.advance(leases, HOUR)
+        await plain.log.trim()
+        await plain.log.trim()
+
+    assert len(seen) == 30
+    assert await counts(admin) == [10, 10, 10, 0]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "permission denied for table statecast_outbox_1_0" in caplog.text
+    await admin.execute(f"drop owned by {role}")
+    await admin.execute(f"drop role {role}")
 
 
 async def test_a_ring_that_comes_round_goes_on(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:

@@ -1,5 +1,6 @@
 """The outbox log of a PostgreSQL store: positions are pairs of snapshots, leases are rows."""
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,8 @@ from statecast.components.state.postgresql.schema import PARTITION_BITS, PARTITI
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import OutcomeUnknown, StoreUnavailable
 
+logger = logging.getLogger(__name__)
+
 
 class PostgresqlOutboxLog:
     """The log of one (app id, component); its rows are written by the commit function.
@@ -44,6 +47,7 @@ class PostgresqlOutboxLog:
         self._sql = _Statements(layout, log.number)
         self._aside = DeferredStatements(layout, log.number, self._sql.advance)
         self._lives: dict[int, tuple[int, str]] = {}
+        self._lacks_rights = False
 
     @property
     def slices(self) -> int:
@@ -182,6 +186,16 @@ class PostgresqlOutboxLog:
         return [_slice_status(row, *pending.get(row["slice"], (0, None))) for row in rows]
 
     async def _trim(self, session: Session) -> None:
+        """Empty the partitions that are passed. Without the rights to do so that is an error in the log, once."""
+        try:
+            await self._reclaim_all(session)
+        except asyncpg.InsufficientPrivilegeError as error:
+            if not self._lacks_rights:
+                self._lacks_rights = True
+                outbox = self._layout.outbox(self._log.number)
+                logger.error("the outbox %s grows, since this role may not empty its partitions: %s", outbox, error)
+
+    async def _reclaim_all(self, session: Session) -> None:
         (ids,) = await session.read(self._sql.last_id)
         current = (ids["last_value"] >> PARTITION_BITS) % PARTITIONS
         for partition in range(PARTITIONS):
