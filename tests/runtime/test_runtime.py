@@ -433,6 +433,16 @@ async def test_a_value_from_a_secret_is_in_no_error_of_opening(metadata: dict[st
     assert "s3cr3t" not in str(failure.value)
 
 
+async def test_an_error_of_opening_names_the_component_once() -> None:
+    component = Component("s", "state.postgresql", "v2", {"host": "127.0.0.1", "port": "1"}, origin="c/a.yaml")
+
+    with pytest.raises(ComponentError) as failure:
+        async with Runtime.open(component, app_id="shop", environment={}):
+            raise AssertionError("it opened")
+
+    assert str(failure.value).count("c/a.yaml: component 's'") == 1
+
+
 class SlowStore:
     """A store that never finishes opening."""
 

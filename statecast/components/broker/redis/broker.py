@@ -153,7 +153,7 @@ class RedisBroker:
             logger.warning("%s: Redis does not answer yet: %s", self._described, error)
             return
         if problem := find_problem(facts):
-            raise ComponentError(f"{self._described}: {problem}")
+            raise ComponentError(problem)
 
 
 def _read_trim(fields: MetadataReader, described: str) -> Trim:

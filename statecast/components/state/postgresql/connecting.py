@@ -14,7 +14,7 @@ _CONFIGURED_WRONG = frozenset({"28P01", "28000", "3D000", "3F000", "42501"})
 # PgBouncer's words, with the SQLSTATE that it has for everything.
 _NO_PARAMETERS = "unsupported startup parameter"
 
-OPENING_FAILURES = (OSError, TimeoutError, ValueError, ComponentError, asyncpg.PostgresError, asyncpg.InterfaceError)
+OPENING_FAILURES = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError)
 """What `failure_at_opening` translates."""
 
 # The server ends a statement a little before its caller gives up: then its outcome is known.
@@ -85,8 +85,6 @@ def _server_milliseconds(config: PostgresqlConfig) -> int:
 
 def failure_at_opening(error: Exception) -> StatecastError:
     """Tell apart what the component says wrong from a server that is away."""
-    if isinstance(error, StatecastError):
-        return error
     if isinstance(error, asyncpg.PostgresError) and error.sqlstate in _CONFIGURED_WRONG:
         return ComponentError(f"{error} (SQLSTATE {error.sqlstate})")
     if isinstance(error, asyncpg.PostgresError) and _NO_PARAMETERS in str(error):

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import asyncpg
 
 from statecast.clock import Clock
-from statecast.components.manifest import Component, describe
+from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, ETag, Item
 from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
@@ -157,7 +157,7 @@ class PostgresqlStateStore:
         return await self._ahead(prepare)
 
     async def _ahead(self, work: Callable[[asyncpg.Connection, Layout], Awaitable[T]]) -> T:
-        """Do `work` on a connection of its own, before the store is open; what fails is told with the component."""
+        """Do `work` on a connection of its own, before the store is open."""
         try:
             connection = await self._connect()
             try:
@@ -165,8 +165,7 @@ class PostgresqlStateStore:
             finally:
                 await connection.close(timeout=1)
         except OPENING_FAILURES as error:
-            failure = failure_at_opening(error)
-            raise type(failure)(f"{describe(self._component)}: {failure}") from error
+            raise failure_at_opening(error) from error
 
     def _start_sweeping(self, stack: AsyncExitStack, sweeper: Sweeper) -> None:
         if self._config.cleanup_interval is None:
