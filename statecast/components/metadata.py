@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final, Literal, NamedTuple
 
+from statecast.components.address import Address, parse_address
 from statecast.components.duration import parse_duration
 from statecast.components.manifest import Component, describe
 from statecast.errors import ComponentError
@@ -150,6 +151,16 @@ class MetadataReader:
         if chosen is None:
             raise self.error(given.name, f"takes one of {', '.join(choices)}")
         return chosen
+
+    def addresses(self, name: str, *, default_port: int, default: str | None = None) -> tuple[Address, ...]:
+        """Give the servers that the field names, with commas between them; it is required unless there is a default."""
+        text = self.required_text(name) if default is None else self.text(name) or default
+        try:
+            return tuple(parse_address(each, default_port, self.stand_in(name)) for each in text.split(","))
+        except ValueError:
+            # What is no address may be a URL with a password.
+            expectation = "takes host or host:port, or several with commas between"
+            raise self.error(name, expectation, shows_value=False) from None
 
     def is_given(self, name: str) -> bool:
         """Tell whether the field is there at all, be it with an empty value."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statecast.components.address import Address
 from statecast.components.duration import parse_duration
 from statecast.components.manifest import Component
 from statecast.components.metadata import STATE_FIELDS, MetadataReader, is_secret_name, is_truthy
@@ -121,6 +122,22 @@ def test_a_choice_is_given_as_it_is_declared() -> None:
 def test_a_word_outside_a_choice_is_an_error_that_lists_it() -> None:
     with pytest.raises(ComponentError, match="redisType takes one of node, cluster; it is 'ring'"):
         reader(redisType="ring").choice("redisType", ["node", "cluster"], default="node")
+
+
+def test_servers_are_listed_with_commas_between() -> None:
+    fields = reader(redisHost="one, two:1")
+
+    assert fields.addresses("redisHost", default_port=6379) == (Address("one", 6379), Address("two", 1))
+    assert fields.addresses("host", default_port=1, default="localhost") == (Address("localhost", 1),)
+
+
+@pytest.mark.parametrize("text", ["redis://:s3cr3t@127.0.0.1:1", ":s3cr3t@127.0.0.1:1", "a,,b", "h" * 70])
+def test_what_is_no_list_of_servers_is_an_error_that_does_not_show_it(text: str) -> None:
+    with pytest.raises(ComponentError) as failure:
+        reader(redisHost=text).addresses("redisHost", default_port=6379)
+
+    assert str(failure.value).endswith("redisHost takes host or host:port, or several with commas between")
+    assert failure.value.__suppress_context__
 
 
 # Durations
