@@ -8,7 +8,6 @@ import subprocess
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, StatecastError, StoreUnavailable
 from statecast.runtime.servers import PrivateServer, ServerKind
+from tests.components.certificates import Certificate, make_certificate
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -45,30 +45,9 @@ async def is_written(store: RedisStateStore) -> bool:
 # TLS
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """A key and its own certificate, as PEM text and in one file."""
-
-    path: Path
-    key: str
-    certificate: str
-
-
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
-    """A new one for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    pem = tmp_path / "both.pem"
-    wanted = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "-", *wanted],
-        capture_output=True,
-        check=True,
-    )
-    pem.write_bytes(made.stdout)
-    key, begin, body = made.stdout.decode().partition("-----BEGIN CERTIFICATE-----")
-    return Certificate(pem, key, begin + body)
+    return make_certificate(tmp_path)
 
 
 @asynccontextmanager
