@@ -20,6 +20,7 @@ from statecast.components.state.postgresql.connecting import (
     OPENING_FAILURES,
     connect,
     failure_at_opening,
+    require_files,
     settings_of_statement,
 )
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
@@ -158,6 +159,7 @@ class PostgresqlStateStore:
 
     async def _ahead(self, work: Callable[[asyncpg.Connection, Layout], Awaitable[T]]) -> T:
         """Do `work` on a connection of its own, before the store is open."""
+        require_files(self._config)
         try:
             connection = await self._connect()
             try:
