@@ -221,6 +221,18 @@ async def test_a_server_that_is_not_there_is_unavailable_at_opening(server: Priv
             pass
 
 
+async def test_whatever_connecting_raises_is_told_to_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*settings: object, **options: object) -> None:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr("statecast.components.redis.pipeline.connect", connect)
+
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable, match="a fault of our own"):
+            async with redis_store("redis://localhost"):
+                raise AssertionError("it opened")
+
+
 async def test_closing_does_not_wait_long_for_a_server_that_is_silent(server: PrivateServer) -> None:
     async with asyncio.timeout(8):
         async with redis_store(server.address, readTimeout="60s") as store:

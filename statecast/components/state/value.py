@@ -14,7 +14,7 @@ TTL_METADATA = "ttlInSeconds"
 FOREVER = timedelta(seconds=-1)
 """The time to live that overrides a component's default: the value does not expire."""
 
-_LONGEST = timedelta(seconds=2_147_483_647)
+LONGEST_TTL = timedelta(seconds=2_147_483_647)
 
 
 def upsert(
@@ -75,7 +75,7 @@ def resolve_ttl(ttl: timedelta | None, metadata: Mapping[str, str], default: tim
         ttl = default
     if ttl is None or ttl in (timedelta(0), FOREVER):
         return None
-    if not timedelta(0) < ttl <= _LONGEST:
+    if not timedelta(0) < ttl <= LONGEST_TTL:
         raise InvalidRequest(f"a time to live is 1 to 2147483647 seconds, or 0 or -1 for ever, not {ttl}")
     return ttl
 

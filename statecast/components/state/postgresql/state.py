@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import asyncpg
 
 from statecast.clock import Clock
-from statecast.components.manifest import Component, describe
+from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, ETag, Item
 from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
@@ -20,6 +20,7 @@ from statecast.components.state.postgresql.connecting import (
     OPENING_FAILURES,
     connect,
     failure_at_opening,
+    require_files,
     settings_of_statement,
 )
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
@@ -160,7 +161,8 @@ class PostgresqlStateStore:
         return await self._ahead(prepare)
 
     async def _ahead(self, work: Callable[[asyncpg.Connection, Layout], Awaitable[T]]) -> T:
-        """Do `work` on a connection of its own, before the store is open; what fails is told with the component."""
+        """Do `work` on a connection of its own, before the store is open."""
+        require_files(self._config)
         try:
             connection = await self._connect()
             try:
@@ -168,8 +170,7 @@ class PostgresqlStateStore:
             finally:
                 await connection.close(timeout=1)
         except OPENING_FAILURES as error:
-            failure = failure_at_opening(error)
-            raise type(failure)(f"{describe(self._component)}: {failure}") from error
+            raise failure_at_opening(error) from error
 
     def _statements(self, layout: Layout, log: Log, waker: Waker) -> _Open:
         live = "(expires_at is null or expires_at > clock_timestamp())"
