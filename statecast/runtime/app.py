@@ -17,7 +17,7 @@ from statecast.clock import Clock, SystemClock
 from statecast.components.broker.broker import Broker, Published
 from statecast.components.loader import Source, load
 from statecast.components.registry import Registry, installed
-from statecast.components.state.log import DeferredKey, OutboxLog, SliceStatus
+from statecast.components.state.log import OutboxLog, QueueStatus, SliceStatus
 from statecast.components.state.value import encode, with_content_type
 from statecast.errors import InvalidRequest, NotSupported, PublishFailed
 from statecast.outbox.deferred import RelayCounts
@@ -181,20 +181,23 @@ class Runtime:
         """Tell how far the relaying of a store's outbox is, slice by slice. Raises InvalidRequest, StoreUnavailable."""
         return await self._log_of(store).status()
 
-    async def outbox_deferred(self, store: str) -> list[DeferredKey]:
-        """List the keys whose events the broker refused, those due first first, parked ones last.
+    async def outbox_deferred(self, store: str) -> list[QueueStatus]:
+        """List the keys whose events a broker refused, by topic: those due first first, parked ones last.
 
         An event that was published without a key waits under a name of its own. Raises InvalidRequest,
         StoreUnavailable.
         """
         log, keys = self._log_of(store), self._state_named(store).settings.keys
         found = await log.deferred(range(log.slices))
-        return [structs.replace(each, order_key=keys.logical_key(each.order_key)) for each in found]
+        return [
+            structs.replace(each, queue=structs.replace(each.queue, order_key=keys.logical_key(each.queue.order_key)))
+            for each in found
+        ]
 
     async def outbox_replay(self, store: str, key: str | None = None) -> int:
         """Let relays try parked keys again (all, or this one as `outbox_deferred` names it); return how many they are.
 
-        Raises InvalidRequest, StoreUnavailable.
+        A key that is parked for two topics counts twice. Raises InvalidRequest, StoreUnavailable.
         """
         log = self._log_of(store)
         if key is None:

@@ -77,11 +77,13 @@ class PostgresqlStateStore:
 
     async def __aenter__(self) -> Self:
         layout, log = await self._prepare_schema()
+        self._residence = residence = Residence(layout, log, self._connect)
         waker = Waker(None if self._config.is_pooled else self._connect, _channel(layout, log), self._clock)
         opened = self._statements(layout, log, waker)
         async with AsyncExitStack() as stack:
             # In reverse: no new commits, no more wake-ups, the connections end what is under way, its tasks end.
             stack.push_async_callback(opened.committer.join)
+            stack.push_async_callback(residence.close)
             self._lanes.open()
             stack.push_async_callback(self._lanes.close)
             waker.open()
@@ -144,8 +146,7 @@ class PostgresqlStateStore:
         connection = await self._connect(timeout)
         try:
             if self._residence is not None:
-                async with asyncio.timeout(timeout):
-                    await self._residence.check(connection)
+                await self._residence.check(connection, timeout)
         except BaseException:
             connection.terminate()
             raise
@@ -154,8 +155,6 @@ class PostgresqlStateStore:
     async def _prepare_schema(self) -> tuple[Layout, Log]:
         async def prepare(connection: asyncpg.Connection, layout: Layout) -> tuple[Layout, Log]:
             log = await migrate(connection, layout, self._app_id, self._component.name)
-            self._residence = Residence(layout, log)
-            await self._residence.check(connection)
             return layout, log
 
         return await self._ahead(prepare)
