@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -25,7 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from statecast.components.manifest import Component
-from statecast.errors import Duplicate
+from statecast.components.state.keys import check_key
+from statecast.components.state.value import encode
+from statecast.errors import Duplicate, InvalidRequest
 from statecast.outbox.relay import RelayOptions
 from statecast.pubsub.cloudevent import CloudEvent
 from statecast.runtime.app import Runtime, RuntimeOptions
@@ -52,11 +54,15 @@ class DemoBroker(StrEnum):
     KAFKA = "kafka"
 
 
+# PostgreSQL indexes no key of more than 2,700 bytes.
+Word = Annotated[str, msgspec.Meta(max_length=200)]
+
+
 class Order(msgspec.Struct, rename="camel"):
     """One line of the input; what stands beside these members is kept, and stays private."""
 
-    order_id: str
-    status: str
+    order_id: Word
+    status: Word
     total: float
 
 
@@ -83,15 +89,13 @@ class Malformed:
 
 
 def parse_lines(texts: Iterable[str]) -> Iterator[Line | Malformed]:
-    """Parse orders as JSON lines, empty ones left out; a line that is no order is told with its number, from 1."""
+    """Parse orders as JSON lines, empty ones left out; a line is told with its number, from 1.
+
+    One that is no order, or an order that a store cannot keep, is malformed.
+    """
     for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            order = msgspec.json.decode(text.encode(), type=Order)
-            yield Line(number, order, json.loads(text))
-        except (ValueError, UnicodeError) as error:
-            yield Malformed(number, str(error))
+        if text.strip():
+            yield _parse(number, text)
 
 
 def sample_path() -> Path:
@@ -310,6 +314,16 @@ def summary(tally: Tally) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _parse(number: int, text: str) -> Line | Malformed:
+    try:
+        line = Line(number, msgspec.json.decode(text.encode(), type=Order), json.loads(text))
+        check_key(line.key)
+        encode(line.document)
+    except (ValueError, RecursionError, InvalidRequest) as error:
+        return Malformed(number, str(error))
+    return line
 
 
 def _run_and_crash(demo: Demo, lines: list[Line], journal: Path) -> None:
