@@ -27,7 +27,7 @@ from rich.table import Table
 from statecast.components.manifest import Component
 from statecast.components.state.keys import check_key
 from statecast.components.state.value import encode
-from statecast.errors import Duplicate, InvalidRequest
+from statecast.errors import Duplicate, InvalidRequest, StatecastError
 from statecast.outbox.relay import RelayOptions
 from statecast.pubsub.cloudevent import CloudEvent
 from statecast.runtime.app import Runtime, RuntimeOptions
@@ -64,6 +64,10 @@ class Order(msgspec.Struct, rename="camel"):
     order_id: Word
     status: Word
     total: float
+
+
+class NotKilled(StatecastError):
+    """The process that was to be killed ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,18 +255,18 @@ def resumed(demo: Demo) -> Demo:
 
 
 async def run_with_crash(demo: Demo, lines: list[Line], tally: Tally, console: Console, folder: Path) -> None:
-    """Let a child process run the demo and kill itself halfway, then go on where it stopped."""
+    """Let a child process run the demo and kill itself halfway, then go on where it stopped.
+
+    Raises NotKilled where the child ends in another way, which shows nothing.
+    """
     journal = folder / "arrivals"
     child = multiprocessing.get_context("spawn").Process(target=_run_and_crash, args=(demo, lines, journal))
     child.start()
     await asyncio.to_thread(child.join)
+    if child.exitcode != -signal.SIGKILL:
+        raise NotKilled(f"the first process was not killed halfway, it ended with exit code {child.exitcode}")
     arrivals = [line.split() for line in journal.read_text().splitlines()]
-    console.print(
-        f"the first process was ended by {signal.Signals(-(child.exitcode or 0)).name} "
-        f"after {len(arrivals)} arrivals; a second one goes on"
-        if (child.exitcode or 0) < 0
-        else f"[red]the first process ended by itself (exit code {child.exitcode})[/red]"
-    )
+    console.print(f"the first process was ended by SIGKILL after {len(arrivals)} arrivals; a second one goes on")
     if demo.broker is DemoBroker.IN_MEMORY:
         for key, number in arrivals:
             tally.note_received(key, int(number), time.monotonic())

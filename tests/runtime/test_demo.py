@@ -193,3 +193,13 @@ def test_a_demo_that_is_killed_halfway_loses_nothing() -> None:
     assert f"was ended by {signal.SIGKILL.name} after 500 arrivals" in result.output
     assert (shown(result, "received"), shown(result, "lost"), shown(result, "out of order")) == ("1,000", "0", "0")
     assert int(shown(result, "committed before the crash")) >= 500
+
+
+def test_a_demo_whose_first_process_is_not_killed_has_failed(tmp_path: Path) -> None:
+    empty = tmp_path / "orders.jsonl"
+    empty.write_text("")
+
+    result = run("--crash", "--input", str(empty))
+
+    assert result.exit_code == 1
+    assert "was not killed halfway" in str(result.exception)
