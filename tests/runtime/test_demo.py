@@ -2,6 +2,7 @@ import asyncio
 import io
 import json
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from statecast import Component, Runtime
 from statecast.runtime.cli import command_line
 from statecast.runtime.demo import Line, Malformed, Tally, commit_all, parse_lines, percentile, sample_path
+from statecast.runtime.servers import ADDRESS_VARIABLES, ServerKind
 
 ORDER = '{"orderId":"1","status":"placed","total":3.5,"customer":{"card":"4111"}}'
 
@@ -48,8 +50,9 @@ def run(*arguments: str, input: str | None = None) -> Result:
 
 def shown(result: Result, row: str) -> str:
     """Give the value that the final table shows in a row."""
-    (line,) = [line for line in result.output.splitlines() if line.startswith(f"│ {row} ")]
-    return line.split("│")[2].strip()
+    cells = [[cell.strip() for cell in line.split("│")] for line in result.output.splitlines() if "│" in line]
+    (value,) = [value for _, name, value, _ in cells if name == row]
+    return value
 
 
 def committed(lines: list[Line]) -> set[int]:
@@ -203,3 +206,44 @@ def test_a_demo_whose_first_process_is_not_killed_has_failed(tmp_path: Path) -> 
 
     assert result.exit_code == 1
     assert "was not killed halfway" in str(result.exception)
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Path:
+    """The first 200 lines of the sample."""
+    path = tmp_path / "orders.jsonl"
+    with sample_path().open() as sample:
+        path.write_text("".join(islice(sample, 200)))
+    return path
+
+
+def assert_all_orders_arrived(result: Result) -> None:
+    assert result.exit_code == 0, result.output
+    assert (shown(result, "committed"), shown(result, "received")) == ("200", "200")
+    assert (shown(result, "lost"), shown(result, "out of order")) == ("0", "0")
+
+
+with_and_without_crash = pytest.mark.parametrize("crash", [(), ("--crash",)], ids=["", "crash"])
+
+
+@with_and_without_crash
+def test_the_demo_on_postgresql_and_kafka(
+    crash: tuple[str, ...], orders: Path, postgresql_url: str, kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ADDRESS_VARIABLES[ServerKind.POSTGRESQL], postgresql_url)
+    monkeypatch.setenv(ADDRESS_VARIABLES[ServerKind.KAFKA], kafka_bootstrap)
+
+    result = run("--store", "postgresql", "--broker", "kafka", "--input", str(orders), "--rate", "400", *crash)
+
+    assert_all_orders_arrived(result)
+
+
+@with_and_without_crash
+def test_the_demo_on_redis_and_redis(
+    crash: tuple[str, ...], orders: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ADDRESS_VARIABLES[ServerKind.REDIS], redis_url)
+
+    result = run("--store", "redis", "--broker", "redis", "--input", str(orders), "--rate", "400", *crash)
+
+    assert_all_orders_arrived(result)
