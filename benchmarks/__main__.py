@@ -23,6 +23,7 @@ BENCHMARKS = (
     "relay",
     "relay_beside_writers",
     "latency",
+    "broker_away",
     "space",
 )
 
