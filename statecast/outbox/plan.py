@@ -112,11 +112,15 @@ def _without_projections(operations: Sequence[Operation]) -> tuple[tuple[Operati
     persisted: list[Operation] = []
     projections: dict[str, Upsert] = {}
     for operation in operations:
-        if isinstance(operation, Upsert) and operation.metadata and is_truthy(operation.metadata.get(PROJECTION, "")):
+        if isinstance(operation, Upsert) and _is_projection(operation):
             projections.setdefault(operation.key, operation)
         else:
             persisted.append(operation)
     return tuple(persisted), projections
+
+
+def _is_projection(upsert: Upsert) -> bool:
+    return PROJECTION in upsert.metadata and is_truthy(upsert.metadata[PROJECTION])
 
 
 def _require_upserts(

@@ -143,7 +143,9 @@ def timestamp(moment: datetime) -> str:
     """Write a time as RFC 3339 in UTC, to the millisecond: `2026-01-02T03:04:05.678Z`."""
     if moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
-    return moment.isoformat("T", "milliseconds").replace("+00:00", "Z")
+    # Several times as fast as `isoformat`; there is no fraction in it where that is 0.
+    text: str = msgspec.to_builtins(moment)
+    return f"{text[:23]}Z" if moment.microsecond else f"{text[:19]}.000Z"
 
 
 def _is_json(body: bytes) -> bool:

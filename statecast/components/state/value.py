@@ -15,6 +15,7 @@ FOREVER = timedelta(seconds=-1)
 """The time to live that overrides a component's default: the value does not expire."""
 
 LONGEST_TTL = timedelta(seconds=2_147_483_647)
+_BINARY = (bytes, bytearray, memoryview)
 
 
 def upsert(
@@ -54,7 +55,7 @@ def delete(key: str, *, etag: str | None = None, metadata: Mapping[str, str] | N
 
 def encode(value: Any) -> tuple[bytes, bool]:
     """Encode a value; tell whether it is binary, that is, not JSON text."""
-    if isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, _BINARY):
         return bytes(value), True
     try:
         return orjson.dumps(value, default=_plain), False
@@ -81,7 +82,7 @@ def resolve_ttl(ttl: timedelta | None, metadata: Mapping[str, str], default: tim
 
 
 def with_content_type(metadata: Mapping[str, str] | None, content_type: str | None) -> dict[str, str]:
-    return {**(metadata or {}), **({"contentType": content_type} if content_type else {})}
+    return {**(metadata or {}), "contentType": content_type} if content_type else dict(metadata or {})
 
 
 def _ttl_of(metadata: Mapping[str, str]) -> timedelta | None:
