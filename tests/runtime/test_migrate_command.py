@@ -19,6 +19,7 @@ from statecast.errors import ComponentError
 from statecast.runtime.cli import command_line
 from statecast.runtime.server import ServerKind, ServerMissing, Variant
 from statecast.runtime.server_processes import find_installation
+from tests.components.going_without import go_without
 
 APP = "shop"
 
@@ -137,7 +138,7 @@ def psql(url: str, script: str) -> None:
     try:
         place = find_installation(ServerKind.POSTGRESQL, Variant.CURRENT).place
     except ServerMissing as missing:
-        pytest.skip(str(missing))
+        go_without(missing)
     done = subprocess.run(
         [f"{place}/psql", "--no-psqlrc", "--quiet", url], input=script, capture_output=True, text=True, check=False
     )
