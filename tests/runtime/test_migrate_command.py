@@ -4,8 +4,6 @@ import asyncio
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
-from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -20,6 +18,7 @@ from statecast.runtime.cli import command_line
 from statecast.runtime.server import ServerKind, ServerMissing, Variant
 from statecast.runtime.server_processes import find_installation
 from tests.components.going_without import go_without
+from tests.components.plain_role import plain_role
 
 APP = "shop"
 
@@ -120,18 +119,10 @@ async def test_what_is_printed_changes_nothing_and_is_a_script_that_someone_else
 
     assert untouched == set()
     assert "statestore: is up to date\n" in (await in_thread(run, folder, "--print")).output
-    async with store_on(await without_rights(postgresql_url)) as store:
-        await store.transact(Commit((Upsert("a", b"1"),), (OutboxRecord("a", "1", "bus", "t", b""),)))
-
-
-async def without_rights(url: str) -> str:
-    """Give the URL of a role that may read and write rows, and make nothing."""
-    role, admin = f"plain_{uuid4().hex}", await asyncpg.connect(url)
-    await admin.execute(f"create role {role} login")
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-    await admin.close()
-    return urlsplit(url)._replace(netloc=urlsplit(url).netloc.replace("postgres@", f"{role}@")).geturl()
+    async with plain_role(postgresql_url) as role:
+        await role.grant()
+        async with store_on(role.url) as store:
+            await store.transact(Commit((Upsert("a", b"1"),), (OutboxRecord("a", "1", "bus", "t", b""),)))
 
 
 def psql(url: str, script: str) -> None:
