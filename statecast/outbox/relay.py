@@ -93,7 +93,8 @@ class Relay:
             try:
                 was_busy = await self._round()
                 if not was_busy:
-                    if stop.is_set() and self._progress.next_retry() is None:
+                    # Only a round that began after `stop` was set has seen all that was committed before.
+                    if drain_until is not None and self._progress.next_retry() is None:
                         return
                     await self._rest()
                 self._store_failures = 0

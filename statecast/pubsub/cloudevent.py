@@ -21,6 +21,10 @@ MEDIA_TYPE = "application/cloudevents+json"
 
 VALID_ATTRIBUTE_NAME = re.compile(r"[a-z0-9]+")  # CloudEvents 1.0 §3.1
 
+_TIMESTAMP = re.compile(  # RFC 3339 §5.6
+    r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE
+)
+
 
 class TraceContext(msgspec.Struct, frozen=True):
     """The W3C trace that an event belongs to; empty where there is none."""
@@ -146,6 +150,17 @@ def timestamp(moment: datetime) -> str:
     # Several times as fast as `isoformat`; there is no fraction in it where that is 0.
     text: str = msgspec.to_builtins(moment)
     return f"{text[:23]}Z" if moment.microsecond else f"{text[:19]}.000Z"
+
+
+def is_timestamp(text: str) -> bool:
+    """Tell whether it is a time as RFC 3339 writes it; a leap second, which few programs can read, is none."""
+    if not _TIMESTAMP.fullmatch(text):
+        return False
+    try:
+        datetime.fromisoformat(text.upper())
+    except ValueError:
+        return False
+    return True
 
 
 def _is_json(body: bytes) -> bool:

@@ -5,6 +5,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from statecast.clock import SystemClock
@@ -15,6 +16,7 @@ from statecast.components.broker.kafka.producer import Producer
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
+from statecast.components.testing.deadline import until
 from statecast.runtime.server import PrivateServer, ServerKind
 from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
 from statecast.runtime.server_processes import KAFKA_SETTINGS
@@ -348,13 +350,17 @@ async def test_what_waited_behind_a_request_is_never_sent_once_it_was_given_up(
     async with kafka_broker(server.address, initialOffset="oldest") as broker:
         server.freeze()
         sendings = [producer.prepare([encode(0, Message(topic, b"%d" % n))], topic, n) for n in range(2)]
-        tasks = []
-        for sending in sendings:
-            tasks.append(asyncio.ensure_future(producer.send(sending)))
-            async with asyncio.timeout(PATIENCE):
-                while not sendings[0].was_sent:  # noqa: ASYNC110  # the driver has no event for it
-                    await asyncio.sleep(0.01)
-        await asyncio.wait(tasks, timeout=0.1)
+
+        async def the_first_is_sent() -> bool:
+            return sendings[0].was_sent
+
+        async def the_second_waits() -> bool:
+            return TopicPartition(topic, 1) in producer._driver._message_accumulator._batches
+
+        tasks = [asyncio.ensure_future(producer.send(sendings[0]))]
+        await until(the_first_is_sent)
+        tasks.append(asyncio.ensure_future(producer.send(sendings[1])))
+        await until(the_second_waits)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

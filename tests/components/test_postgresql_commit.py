@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -27,12 +26,9 @@ from statecast.components.state.commit import (
 from statecast.components.state.log import Deferral, DeferredQueue, Failure, QueueProgress
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
-from statecast.components.state.postgresql.config import QualifiedName
-from statecast.components.state.postgresql.migration import pending_statements
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS
 from statecast.components.testing.deadline import until
 from statecast.errors import (
-    ComponentError,
     Duplicate,
     ETagMismatch,
     Fenced,
@@ -471,50 +467,6 @@ async def test_ten_processes_that_start_at_once_migrate_once(postgresql_url: str
 
     assert await admin.fetchval("select count(*) from state") == 10
     assert await admin.fetchval("select count(*) from statecast_log") == 1
-
-
-async def test_a_role_that_may_not_create_uses_a_schema_that_is_current(
-    postgresql_url: str, admin: asyncpg.Connection
-) -> None:
-    async with store_on(postgresql_url):
-        pass
-    role = f"reader_{uuid4().hex}"
-    await admin.execute(f"create role {role} login")
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-    as_role = urlsplit(postgresql_url)
-    url = as_role._replace(netloc=f"{role}@{as_role.hostname}:{as_role.port}").geturl()
-
-    async with store_on(url) as store:
-        await store.transact(commit(Upsert("orders||1", b"1"), event="1", marks=[mark(1)]))
-
-    assert await events(admin) == ["1"]
-    await admin.execute(f"drop owned by {role}")
-    await admin.execute(f"drop role {role}")
-
-
-async def test_a_role_that_may_not_create_is_told_so_and_another_can_run_the_statements_for_it(
-    postgresql_url: str, admin: asyncpg.Connection
-) -> None:
-    role = f"reader_{uuid4().hex}"
-    await admin.execute(f"create role {role} login")
-    as_role = urlsplit(postgresql_url)
-    url = as_role._replace(netloc=f"{role}@{as_role.hostname}:{as_role.port}").geturl()
-    with pytest.raises(ComponentError, match="permission denied"):
-        await store_on(url).__aenter__()
-
-    layout = Layout("public", "", QualifiedName("public", "dapr_metadata"))
-    async with admin.transaction():
-        for statement in await pending_statements(admin, layout, "orders", "statestore"):
-            await admin.execute(statement)
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-
-    assert await pending_statements(admin, layout, "orders", "statestore") == []
-    async with store_on(url) as store:
-        await store.transact(commit(Upsert("orders||1", b"1"), event="1"))
-    await admin.execute(f"drop owned by {role}")
-    await admin.execute(f"drop role {role}")
 
 
 async def test_a_database_that_defaults_to_serializable_changes_nothing(

