@@ -19,6 +19,8 @@ T = TypeVar("T")
 DEFAULT_TYPE = "com.dapr.event.sent"  # dapr pkg/runtime/pubsub, the type of every wrapped event
 MEDIA_TYPE = "application/cloudevents+json"
 
+_BYTES = frozenset({"application/octet-stream", "application/cloudevents+protobuf", "application/x-protobuf"})
+
 VALID_ATTRIBUTE_NAME = re.compile(r"[a-z0-9]+")  # CloudEvents 1.0 §3.1
 
 _TIMESTAMP = re.compile(  # RFC 3339 §5.6
@@ -125,7 +127,7 @@ def data_member(data: Data) -> tuple[str, Any]:
     if media_type == "application/json" and (data.is_json or _is_json(data.body)):
         return "data", orjson.Fragment(data.body)
     body = plain_bytes(data)
-    if media_type in {"application/octet-stream", "application/cloudevents+protobuf"}:
+    if media_type in _BYTES:
         return "data_base64", base64.b64encode(body).decode()
     return "data", body.decode(errors="replace")
 

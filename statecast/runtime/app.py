@@ -21,7 +21,7 @@ from statecast.components.state.log import OutboxLog, QueueStatus, SliceStatus
 from statecast.components.state.value import encode, with_content_type
 from statecast.errors import InvalidRequest, NotSupported, PublishFailed
 from statecast.outbox.deferred import RelayCounts
-from statecast.outbox.event import EventIds, EventSource, render
+from statecast.outbox.event import EventIds, EventSource, content_type_in, render
 from statecast.outbox.plan import Outbox
 from statecast.outbox.progress import message_of
 from statecast.outbox.relay import Relay, RelayOptions
@@ -137,7 +137,7 @@ class Runtime:
         body, is_binary = encode(data)
         metadata = with_content_type(metadata, content_type)
         record = render(
-            Data(body, metadata.get("contentType"), is_json=not is_binary),
+            Data(body, content_type_in(metadata), is_json=not is_binary),
             metadata,
             EventSource(self.app_id, self._clock.now(), trace or TraceContext(), self._event_ids),
             pubsub=pubsub,
