@@ -1,4 +1,4 @@
-"""Ways to a server other than the plain one: TLS, and the address that sentinels tell."""
+"""The way to a server: one that leads nowhere, TLS, and the address that sentinels tell."""
 
 import asyncio
 import shutil
@@ -18,6 +18,8 @@ import redis
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
+from statecast.components.redis.connection import Connection, connect
+from statecast.components.redis.settings import Address, RedisSettings
 from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
@@ -39,6 +41,24 @@ async def is_written(store: RedisStateStore) -> bool:
     except StatecastError:
         return False
     return True
+
+
+# Ways that end
+
+
+async def test_who_waited_for_the_end_of_a_connection_may_have_been_cancelled(redis_url: str) -> None:
+    lost: list[Connection] = []
+    settings = RedisSettings(Address("127.0.0.1", urlsplit(redis_url).port or 0))
+    connection = await connect(settings, on_lost=lost.append, on_writable=lambda: None)
+    waiting = asyncio.create_task(connection.lost.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+
+    connection.abort("the test is over")
+    await connection.lost.wait()
+
+    assert waiting.cancelled()
+    assert lost == [connection]
 
 
 # TLS

@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
         self._watchdog: asyncio.TimerHandle | None = None
         self._last_sign = 0.0
         self._reason = "the server closed the connection"
-        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self.lost = asyncio.Event()
         self.is_writable = False
 
     @property
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
         reason = f"{self._reason}: {error}" if error else self._reason
         while self._owed:
             self._owed.popleft().fail(Unanswered(reason))
-        self.lost.set_result(None)
+        self.lost.set()
         self._on_lost(self)
 
     def _watch(self) -> None:
@@ -263,7 +263,7 @@ async def _ask_sentinel(address: Address, settings: RedisSettings, sentinel: Sen
             named = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", sentinel.master)
         finally:
             connection.abort("asked")
-            await connection.lost
+            await connection.lost.wait()
     if named is None:
         raise NotSent("is not known there")
     return Address(named[0].decode(), int(named[1]))

@@ -65,7 +65,7 @@ class Pipeline:
                 await _settled(connection)
             finally:
                 connection.abort("the connection was closed")
-                await connection.lost
+                await connection.lost.wait()
 
     @property
     def is_open(self) -> bool:
@@ -181,7 +181,7 @@ class Pipeline:
             self._fail_queue(error)
         else:
             self._connection = connection
-            if connection.lost.done():
+            if connection.lost.is_set():
                 self._lose(connection)
         finally:
             self._connecting = None
