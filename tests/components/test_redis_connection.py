@@ -18,7 +18,8 @@ import redis
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
-from statecast.components.redis.connection import Connection, connect
+from statecast.components.redis.connection import Connection, NotSent, connect
+from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import Address, RedisSettings
 from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
@@ -59,6 +60,17 @@ async def test_who_waited_for_the_end_of_a_connection_may_have_been_cancelled(re
 
     assert waiting.cancelled()
     assert lost == [connection]
+
+
+async def test_a_connection_that_fails_for_a_reason_not_thought_of_fails_who_waits_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with asyncio.timeout(10), Pipeline(RedisSettings(Address("redis..example", 6379))) as pipeline:
+        outcomes = await asyncio.gather(*(pipeline.command("PING") for _ in range(3)), return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [NotSent] * 3
+    assert "UnicodeError" in str(outcomes[0])
+    assert "redis..example" in caplog.text
 
 
 # TLS

@@ -1,6 +1,7 @@
 """Commands of one tick of the event loop leave as one write: the connection that all callers share."""
 
 import asyncio
+import logging
 from hashlib import sha1
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,8 @@ from statecast.components.redis.connection import (
 )
 from statecast.components.redis.settings import RedisSettings
 from statecast.components.settlement import wait_for_settlement
+
+logger = logging.getLogger(__name__)
 
 _CLOSING_PATIENCE = 2.0
 """How many seconds closing waits for what is in flight."""
@@ -179,6 +182,9 @@ class Pipeline:
             )
         except NotSent as error:
             self._fail_queue(error)
+        except Exception as error:
+            logger.exception("connecting to Redis at %s failed", self._settings.address)
+            self._fail_queue(NotSent(repr(error)))
         else:
             self._connection = connection
             if connection.lost.is_set():
