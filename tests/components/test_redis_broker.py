@@ -144,6 +144,15 @@ async def test_a_server_that_forgot_its_scripts_is_taught_again(redis_url: str) 
     assert len(fields_in(redis_url, "t")) == 26
 
 
+async def test_a_user_who_may_not_load_scripts_publishes(server: PrivateServer) -> None:
+    run(server.address, "ACL", "SETUSER", "clerk", "on", ">s3cret", "~*", "+evalsha", "+eval", "+xadd")
+
+    async with redis_broker(server.address, redisUsername="clerk", redisPassword="s3cret") as broker:
+        outcomes = await broker.publish(numbered("t", 4), LONG)
+
+    assert outcomes == [Published()] * 4
+
+
 # A server that is away
 
 
