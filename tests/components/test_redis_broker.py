@@ -122,6 +122,18 @@ async def test_a_full_server_can_be_tried_again(server: PrivateServer) -> None:
     assert roomy == [Published()] * 4
 
 
+async def test_a_message_that_is_too_large_for_the_server_is_refused_alone(server: PrivateServer) -> None:
+    run(server.address, "CONFIG", "SET", "proto-max-bulk-len", "1mb")
+    messages = [Message("t", b"x" * size, key=f"key-{n}") for n, size in enumerate([900_000, 1_100_000, 100, 900_000])]
+
+    async with redis_broker(server.address) as broker:
+        outcomes = await broker.publish(messages, LONG)
+
+    assert isinstance(outcomes[1], Refused)
+    assert not outcomes[1].is_about_topic
+    assert not any(isinstance(outcome, Refused) for outcome in outcomes[:1] + outcomes[2:])
+
+
 async def test_a_key_that_was_stopped_stays_stopped_in_the_runs_that_follow(redis_url: str) -> None:
     run(redis_url, "SET", "shut", "text")
     messages = [Message("shut" if number % 3 == 0 else "open", b"%d" % number, "key") for number in range(1_500)]

@@ -1,10 +1,11 @@
 """One connection to a Redis server: commands go out, replies come back in step. hiredis does the parsing."""
 
 import asyncio
+import re
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import hiredis
 
@@ -12,6 +13,28 @@ from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import Address, Credentials, RedisSettings, Sentinel
 
 _INCOMPLETE = object()
+
+_TOLD_IN_SCRIPT: Final = re.compile(r"user_script: ?\d+: -([A-Z]+)")
+
+_SAID_BEFORE_THE_FIRST_WRITE: Final = (
+    "OOM",
+    "READONLY",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "NOAUTH",
+    "WRONGPASS",
+    "DENIED",
+    "NOSCRIPT",
+    "BUSY",
+    "CLUSTERDOWN",
+    "MOVED",
+    "ASK",
+    "TRYAGAIN",
+    "CROSSSLOT",
+)
+"""Errors that a server gives instead of beginning a command or a script, or at its first write and never after it."""
 
 Argument = str | bytes | int | float
 Reply = Any
@@ -35,7 +58,17 @@ class ErrorReply(Exception):
 
     @property
     def code(self) -> str:
-        return str(self).partition(" ")[0]
+        """The word that tells its kind: `OOM`. Redis 6.2 hides it behind its own words where a script's command was
+        told it: `ERR Error running script (call to f_…): @user_script:30: @user_script: 30: -OOM command not …`."""
+        told_in_script = _TOLD_IN_SCRIPT.search(str(self))
+        return told_in_script[1] if told_in_script else str(self).partition(" ")[0]
+
+    @property
+    def is_refusal(self) -> bool:
+        """Tell whether it is proven that the server has done nothing of the command, which may be a script."""
+        if self.code == "NOPERM":
+            return "script" not in str(self)
+        return self.code in _SAID_BEFORE_THE_FIRST_WRITE or self.is_unknown_command
 
     @property
     def is_unknown_command(self) -> bool:
@@ -45,7 +78,7 @@ class ErrorReply(Exception):
     def is_missing_right(self) -> bool:
         """Tell whether the user may not do that; within a script servers say so in words of their own."""
         text = str(self)
-        return any(words in text for words in ("NOPERM", "ACL failure in script", "can't run this command"))
+        return any(words in text for words in ("NOPERM", "ACL failure in script", "The user executing the script"))
 
 
 def pack(*arguments: Argument) -> bytes:

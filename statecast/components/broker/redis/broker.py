@@ -108,9 +108,9 @@ class RedisBroker:
             # A right that is missing for one topic fails the script before it begins, for all topics.
             if error.code == "NOPERM" and len(topics) > 1:
                 return await self._publish_by_topic(run, topics, end)
-            return [outcome_of_error(error)] * len(run)
+            return [outcome_of_error(error, is_alone=len(run) == 1)] * len(run)
         except (NotSent, Unanswered) as error:
-            return [outcome_of_error(error)] * len(run)
+            return [outcome_of_error(error, is_alone=len(run) == 1)] * len(run)
         return outcomes_of(failed, len(run))
 
     async def _publish_by_topic(self, run: Sequence[Message], topics: Sequence[str], end: float) -> list[Outcome]:
