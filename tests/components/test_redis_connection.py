@@ -217,6 +217,19 @@ async def test_a_master_that_no_sentinel_knows_is_named(
             pass
 
 
+async def test_a_master_that_was_demoted_is_not_taken_though_a_sentinel_tells_it(
+    private_server: StartServer, start_sentinel: Callable[[str], str]
+) -> None:
+    server = private_server(ServerKind.REDIS)
+    sentinel = start_sentinel(server.address)
+    await until(lambda: _answers(sentinel))
+    run(server.address, "REPLICAOF", "127.0.0.1", "1")
+
+    with pytest.raises(StoreUnavailable, match="not the master"):
+        async with redis_store(redisHost=sentinel, failover="true", sentinelMasterName="mymaster"):
+            pass
+
+
 async def _answers(sentinel: str) -> bool:
     try:
         return bool(run(f"redis://{sentinel}", "PING"))

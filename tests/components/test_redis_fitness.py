@@ -1,6 +1,8 @@
-"""A server that is there, and cannot be worked with: full of clients, or not of the kind that is needed."""
+"""A server that is there, and cannot be worked with: full of clients, demoted, or not of the kind that is needed."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,15 +18,33 @@ from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.broker import LONG
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, StatecastError, StoreUnavailable
-from statecast.runtime.servers import PrivateServer, ServerKind
+from statecast.runtime.servers import PrivateServer, ServerKind, ServerMissing, Servers, Variant
+from tests.components.going_without import go_without
 from tests.components.redis_processes import free_port, redis_process
 
+StartServer = Callable[[], PrivateServer]
 COMMIT = Commit((Upsert("orders||1", b"1"),))
 
 
+@pytest.fixture(params=list(Variant))
+def start_server(request: pytest.FixtureRequest, servers: Servers) -> Iterator[StartServer]:
+    """Start servers of this test alone, of the current and of the older version."""
+    with ExitStack() as running:
+
+        def start() -> PrivateServer:
+            try:
+                server = servers.private(ServerKind.REDIS, variant=request.param)
+            except ServerMissing as missing:
+                go_without(missing)
+            running.callback(server.close)
+            return server
+
+        yield start
+
+
 @pytest.fixture
-def server(private_server: Callable[[ServerKind], PrivateServer]) -> PrivateServer:
-    return private_server(ServerKind.REDIS)
+def server(start_server: StartServer) -> PrivateServer:
+    return start_server()
 
 
 @pytest.fixture
@@ -100,6 +120,85 @@ async def test_a_server_that_takes_no_more_clients_is_unavailable_for_a_store(
         assert errors == [StoreUnavailable] * 10
         assert not was_written
         assert await error_of(store) is None
+
+
+# A master that was demoted, while its name leads to another by now
+
+
+async def test_a_broker_leaves_a_demoted_server_for_the_next_one(start_server: StartServer) -> None:
+    old, new = start_server(), start_server()
+    async with moving_name(old.address) as (url, move), redis_broker(url) as broker:
+        before = await publish(broker)
+        demote(old)
+        move(new.address)
+
+        after = [await publish(broker) for _ in range(3)]
+
+    assert before == Published()
+    assert [type(outcome) for outcome in after] == [Unreachable, Published, Published]
+
+
+async def test_a_member_of_a_group_leaves_a_demoted_server_for_the_next_one(start_server: StartServer) -> None:
+    old, new = start_server(), start_server()
+    async with (
+        moving_name(old.address) as (url, move),
+        redis_broker(new.address) as publisher,
+        redis_broker(url) as broker,
+        broker.subscribe("t", "g") as deliveries,
+    ):
+        waiting = asyncio.ensure_future(anext(deliveries))
+        demote(old)
+        move(new.address)
+        await publish(publisher)
+
+        async with asyncio.timeout(20):
+            delivery = await waiting
+
+    assert delivery.message.body == b"1"
+
+
+async def test_a_store_leaves_a_demoted_server_once_it_has_its_replies(start_server: StartServer) -> None:
+    old, new = start_server(), start_server()
+    async with moving_name(old.address) as (url, move), redis_store(url) as store:
+        await store.transact(COMMIT)
+        demote(old)
+        move(new.address)
+
+        error, item = await asyncio.gather(error_of(store), store.get("orders||1"))
+        error_then = await error_of(store)
+        item_then = await store.get("orders||1")
+
+    assert error is StoreUnavailable
+    assert item is not None
+    assert error_then is None
+    assert item_then is not None
+
+
+def demote(server: PrivateServer) -> None:
+    with redis.Redis.from_url(server.address) as client:
+        client.replicaof("127.0.0.1", "1")
+
+
+@asynccontextmanager
+async def moving_name(url: str) -> AsyncIterator[tuple[str, Callable[[str], None]]]:
+    """Give a URL that leads to a server, and a way to let it lead to another one; who is connected stays."""
+    target = url
+
+    def move(to: str) -> None:
+        nonlocal target
+        target = to
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(urlsplit(target).hostname, urlsplit(target).port)
+        await asyncio.gather(pass_on(reader, back), pass_on(there, writer), return_exceptions=True)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", move
 
 
 # Another kind of server

@@ -71,6 +71,12 @@ class ErrorReply(Exception):
         return self.code in _SAID_BEFORE_THE_FIRST_WRITE or self.is_unknown_command
 
     @property
+    def is_farewell(self) -> bool:
+        """Tell whether its connection is of no use any more: the server was demoted, and another one may have its
+        name by now; or it hangs up."""
+        return self.code in ("READONLY", "MASTERDOWN", "UNBLOCKED") or str(self).startswith("ERR Protocol error")
+
+    @property
     def is_unknown_command(self) -> bool:
         return str(self).startswith("ERR unknown command")
 
@@ -106,7 +112,8 @@ class Connection(asyncio.Protocol):
     """Carries commands in order and gives each its reply, whether or not somebody still waits for it.
 
     When nothing comes for `read_timeout` seconds while replies are owed, or the connection breaks, every command that
-    was written fails as Unanswered and `on_lost` is called once; the connection is of no use then.
+    was written fails as Unanswered and `on_lost` is called once; the connection is of no use then. After a reply that
+    says farewell nothing more is written, and the connection ends once the replies that are owed have come.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class Connection(asyncio.Protocol):
         self._reason = "the server closed the connection"
         self.lost = asyncio.Event()
         self.is_writable = False
+        self.is_retired = False
 
     @property
     def owed(self) -> Iterable[Command]:
@@ -179,16 +187,20 @@ class Connection(asyncio.Protocol):
                 command.is_answered = True
                 if not command.reply.done():
                     command.reply.set_result(reply)
+                if type(reply) is ErrorReply and reply.is_farewell:
+                    self._retire(str(reply))
         except IndexError:
             self.abort(f"the server said, unasked: {reply}")
         except hiredis.HiredisError as error:
             self.abort(f"the server sent what is no reply: {error}")
+        if self.is_retired and not owed:
+            self.abort(self._reason)
 
     def pause_writing(self) -> None:
         self.is_writable = False
 
     def resume_writing(self) -> None:
-        self.is_writable = True
+        self.is_writable = not self.is_retired
         self._on_writable()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -200,6 +212,11 @@ class Connection(asyncio.Protocol):
             self._owed.popleft().fail(Unanswered(reason))
         self.lost.set()
         self._on_lost(self)
+
+    def _retire(self, reason: str) -> None:
+        self._reason = reason
+        self.is_retired = True
+        self.is_writable = False
 
     def _watch(self) -> None:
         """End a connection on which the server is silent; one timer serves all commands."""

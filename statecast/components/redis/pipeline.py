@@ -186,9 +186,12 @@ class Pipeline:
         self._flush()
 
     def _lose(self, connection: Connection) -> None:
-        if self._connection is connection:
-            self._connection = None
+        if self._connection is not connection:
+            return
+        self._connection = None
+        if not connection.is_retired:
             self._fail_queue(NotSent("the connection was lost before the command was sent"))
+        self._flush()
 
     def _fail_queue(self, error: NotSent) -> None:
         commands, self._queue = self._queue, []
