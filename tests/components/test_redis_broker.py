@@ -194,6 +194,31 @@ async def test_a_silent_server_leaves_the_outcome_unknown_at_the_deadline(server
     assert again == [Published()] * 600
 
 
+@pytest.mark.parametrize("seconds", [0, -1])
+async def test_nothing_is_sent_when_no_time_is_left(redis_url: str, seconds: int) -> None:
+    async with redis_broker(redis_url) as broker:
+        outcomes = await broker.publish(numbered("t", 600), timedelta(seconds=seconds))
+        last = await broker.publish([Message("t", b"last")], LONG)
+
+    assert {type(outcome) for outcome in outcomes} == {Unreachable}
+    assert last == [Published()]
+    assert [fields[b"data"] for fields in fields_in(redis_url, "t")] == [b"last"]
+
+
+async def test_behind_a_run_whose_answer_did_not_come_nothing_is_sent(redis_url: str) -> None:
+    messages = [Message("t", b"%d" % number, f"key-{number}") for number in range(1_200)]
+    async with (
+        cutting_proxy(redis_url) as (proxied_url, cut_answers_with),
+        redis_broker(proxied_url) as broker,
+    ):
+        await broker.publish(numbered("t", 1), LONG)
+        cut_answers_with(b"*0")
+        outcomes = await broker.publish(messages, LONG)
+
+    assert [type(outcome) for outcome in outcomes] == [Unknown] * 500 + [Unreachable] * 700
+    assert len(fields_in(redis_url, "t")) == 501
+
+
 async def test_a_subscription_outlives_its_server(server: PrivateServer) -> None:
     async with redis_broker(server.address) as broker, broker.subscribe("t", "g") as deliveries:
         await broker.publish([Message("t", b"before")], LONG)

@@ -126,6 +126,8 @@ class Pipeline:
         return reply
 
     async def _call_until(self, end: float, packed: bytes) -> Reply:
+        if end <= asyncio.get_running_loop().time():
+            raise NotSent("no time was left to send the command in")
         command = self.submit(packed)
         try:
             async with asyncio.timeout_at(end):

@@ -105,6 +105,25 @@ def encode_run(messages: Sequence[Message], trim: Trim) -> tuple[list[str], byte
     return list(topics), packed
 
 
+class Lanes:
+    """Which messages of a call may still be sent: none behind one of the same topic and key that was not published,
+    and none at all behind one of which nothing is known, since its server is not heard any more."""
+
+    def __init__(self) -> None:
+        self._stopped: set[tuple[str, str]] = set()
+        self._is_server_heard = True
+
+    def is_open(self, message: Message) -> bool:
+        return self._is_server_heard and (message.key is None or (message.topic, message.key) not in self._stopped)
+
+    def note(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
+        for message, outcome in zip(messages, outcomes, strict=True):
+            if isinstance(outcome, Unknown):
+                self._is_server_heard = False
+            if message.key is not None and not isinstance(outcome, Published):
+                self._stopped.add((message.topic, message.key))
+
+
 def outcomes_of(reply: Reply, count: int) -> list[Outcome]:
     """Read the script's answer: an outcome for each message."""
     outcomes: list[Outcome] = [Published()] * count
@@ -114,7 +133,7 @@ def outcomes_of(reply: Reply, count: int) -> list[Outcome]:
     return outcomes
 
 
-HELD_BACK: Final = Unreachable("held back: an earlier message of the same topic and key was not published")
+HELD_BACK: Final = Unreachable("held back: an earlier message was not published")
 
 
 def outcome_of_error(error: NotSent | Unanswered | ErrorReply, *, is_alone: bool) -> Outcome:
