@@ -326,12 +326,25 @@ async def test_a_member_that_leaves_is_forgotten_and_what_it_never_handed_out_co
         async with broker.subscribe("t", "g") as deliveries:
             await broker.publish(numbered("t", 3), LONG)
             held = await next_of(deliveries)
-        consumers = [consumer[b"name"] for consumer in run(redis_url, "XINFO", "CONSUMERS", "t", "g")]
+        consumers = consumers_in(redis_url, "t", "g")
         async with broker.subscribe("t", "g") as deliveries:
             received = [await next_of(deliveries) for _ in range(3)]
 
     assert held.attempt == 1
-    assert consumers == [b"statecast-handed-back"]
+    assert consumers == {b"statecast-handed-back"}
+    assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+@pytest.mark.parametrize("never", ["processingTimeout", "redeliverInterval"])
+async def test_what_is_handed_back_is_given_again_where_nothing_else_is(redis_url: str, never: str) -> None:
+    async with redis_broker(redis_url, **{never: "0"}) as broker:
+        async with broker.subscribe("t", "g") as deliveries:
+            await broker.publish(numbered("t", 3), LONG)
+            held = await next_of(deliveries)
+        async with broker.subscribe("t", "g") as deliveries:
+            received = [await next_of(deliveries) for _ in range(3)]
+
+    assert held.attempt == 1
     assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
 
 
@@ -373,6 +386,10 @@ async def test_a_broker_that_is_not_open_has_no_subscriptions(redis_url: str) ->
 
 def run(url: str, *words: str | int) -> Any:
     return redis.Redis.from_url(url).execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def consumers_in(url: str, topic: str, group: str) -> set[bytes]:
+    return {consumer[b"name"] for consumer in run(url, "XINFO", "CONSUMERS", topic, group)}
 
 
 def fields_in(url: str, topic: str) -> list[dict[bytes, bytes]]:

@@ -36,6 +36,12 @@ _LEAVE_TIMEOUT: Final = timedelta(seconds=3)
 
 _HANDED_BACK: Final = "statecast-handed-back"
 
+_HANDED_BACK_IDLE: Final = timedelta(seconds=1)
+"""For how long at least nobody has had what was handed back: what somebody has is not taken from him."""
+
+_LOOK_INTERVAL: Final = timedelta(seconds=15)
+"""How often to look for what was handed back, where nothing else is given again."""
+
 _Entry = tuple[bytes, list[bytes] | None]
 
 _FORGET_MEMBER: Final = Script("""
@@ -48,7 +54,8 @@ return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When entries are given again: at zero of either interval, never. `queue_depth` is how many are read at once."""
+    """When entries are given again: at zero of either interval, never, but for what a member that leaves hands back.
+    `queue_depth` is how many are read at once."""
 
     processing_timeout: timedelta
     redeliver_interval: timedelta
@@ -57,6 +64,10 @@ class Pace:
     @property
     def redelivers(self) -> bool:
         return bool(self.processing_timeout and self.redeliver_interval)
+
+    @property
+    def look_interval(self) -> timedelta:
+        return self.redeliver_interval or _LOOK_INTERVAL
 
 
 class StreamDelivery:
@@ -241,8 +252,8 @@ class Subscription:
         brought us unseen, what is new."""
         if self._pace.redelivers:
             await self._fill_with_postponed()
-            if not self._fresh and self._others_due <= self._clock.monotonic():
-                await self._fill_from_others()
+        if not self._fresh and self._others_due <= self._clock.monotonic():
+            await self._fill_from_others()
         if not self._fresh and self._own_from is not None:
             await self._fill_from_own(self._own_from)
         if not self._fresh:
@@ -263,6 +274,9 @@ class Subscription:
         await self._deliver((entry for entry in claimed if entry is not None), attempts)
 
     async def _fill_from_others(self) -> None:
+        if not self._pace.redelivers:
+            await self._fill_with_handed_back()
+            return
         idle = self._pace.processing_timeout // timedelta(milliseconds=1)
         reply = await self._settle(
             "XAUTOCLAIM",
@@ -270,9 +284,25 @@ class Subscription:
         )
         self._others_from = reply[0].decode()
         if self._others_from == "0-0":
-            self._others_due = self._clock.monotonic() + self._pace.redeliver_interval.total_seconds()
+            self._look_later()
         claimed = [entry for entry in reply[1] if entry is not None]
         await self._deliver(claimed, await self._attempts(claimed))
+
+    async def _fill_with_handed_back(self) -> None:
+        pending = await self._settle(
+            "XPENDING", self._topic, self._group, "-", "+", self._pace.queue_depth, _HANDED_BACK
+        )
+        if not pending:
+            self._look_later()
+            return
+        # Of two who look at once, the second finds what the first has claimed no longer idle.
+        idle = _HANDED_BACK_IDLE // timedelta(milliseconds=1)
+        ids = [id for id, _, _, _ in pending]
+        claimed = await self._settle("XCLAIM", self._topic, self._group, self._consumer, idle, *ids)
+        await self._deliver(filter(None, claimed), {id: count + 1 for id, _, _, count in pending})
+
+    def _look_later(self) -> None:
+        self._others_due = self._clock.monotonic() + self._pace.look_interval.total_seconds()
 
     async def _fill_from_own(self, start: str) -> None:
         reply = await self._settle(
@@ -316,16 +346,17 @@ class Subscription:
         ]
 
     async def _hand_back(self) -> None:
-        idle = ("IDLE", self._pace.processing_timeout // timedelta(milliseconds=1), "JUSTID")
+        idle = max(self._pace.processing_timeout, _HANDED_BACK_IDLE)
+        as_idle = ("IDLE", idle // timedelta(milliseconds=1), "JUSTID")
         to = (self._topic, self._group, _HANDED_BACK, 0)
         by_attempt: dict[int, list[bytes]] = {}
         for delivery in self._fresh:
             by_attempt.setdefault(delivery.attempt - 1, []).append(delivery.id)
         for attempts, ids in by_attempt.items():
             # Nobody had these in hand: it does not count.
-            await self._settle("XCLAIM", *to, *ids, "RETRYCOUNT", attempts, *idle)
+            await self._settle("XCLAIM", *to, *ids, "RETRYCOUNT", attempts, *as_idle)
         if ids := [*self._held, *self._postponed]:
-            await self._settle("XCLAIM", *to, *ids, *idle)
+            await self._settle("XCLAIM", *to, *ids, *as_idle)
         await self._settling.run(_FORGET_MEMBER, 1, self._topic, self._group, self._consumer)
 
     async def _settle(self, *arguments: Argument) -> Reply:
