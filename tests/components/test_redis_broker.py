@@ -11,7 +11,11 @@ import redis
 from statecast.clock import SystemClock
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.redis.broker import RedisBroker
+from statecast.components.broker.redis.subscription import Pace, Subscription
 from statecast.components.manifest import Component
+from statecast.components.redis.connection import Argument, Reply
+from statecast.components.redis.pipeline import Pipeline
+from statecast.components.redis.settings import Address, RedisSettings
 from statecast.components.testing.broker import LONG, BrokerContract, numbered
 from statecast.components.testing.deadline import until
 from statecast.errors import InvalidRequest
@@ -346,6 +350,43 @@ async def test_what_is_handed_back_is_given_again_where_nothing_else_is(redis_ur
 
     assert held.attempt == 1
     assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+class OlderPipeline(Pipeline):
+    """Lets XAUTOCLAIM tell as that of Redis 6.2 of an entry that it claims and that is deleted: nil, time and again."""
+
+    is_claimed = False
+
+    async def command(self, *arguments: Argument) -> Reply:
+        if arguments[0] != "XAUTOCLAIM":
+            return await super().command(*arguments)
+        while not self.is_claimed:
+            for id, _ in (await super().command(*arguments))[1]:
+                await super().command("XDEL", arguments[1], id)
+                self.is_claimed = True
+        return [b"0-0", [None]]
+
+
+async def test_what_redis_6_2_claims_and_finds_deleted_is_settled(redis_url: str) -> None:
+    run(redis_url, "XGROUP", "CREATE", "t", "g", "0", "MKSTREAM")
+    run(redis_url, "XADD", "t", "*", "data", "1")
+    run(redis_url, "XREADGROUP", "GROUP", "g", "dead", "STREAMS", "t", ">")
+    server = urlsplit(redis_url)
+    settings = RedisSettings(Address("127.0.0.1", server.port or 0), database=int(server.path.strip("/")))
+    pace = Pace(timedelta(milliseconds=1), timedelta(milliseconds=1), queue_depth=10)
+
+    async def is_settled() -> bool:
+        return bool(run(redis_url, "XPENDING", "t", "g")["pending"] == 0)
+
+    async with (
+        OlderPipeline(settings) as pipeline,
+        Subscription("t", "g", settling=pipeline, settings=settings, pace=pace, clock=SystemClock()) as deliveries,
+    ):
+        waiting = asyncio.ensure_future(next_of(deliveries))
+        await until(is_settled)
+        run(redis_url, "XADD", "t", "*", "data", "2")
+
+        assert (await waiting).message.body == b"2"
 
 
 async def test_a_group_that_was_destroyed_is_made_again(redis_url: str) -> None:

@@ -271,7 +271,7 @@ class Subscription:
         ids = [delivery.id for delivery in due]
         claimed = await self._settle("XCLAIM", self._topic, self._group, self._consumer, idle, *ids)
         attempts = {delivery.id: delivery.attempt + 1 for delivery in due}
-        await self._deliver((entry for entry in claimed if entry is not None), attempts)
+        await self._deliver(self._without_deleted(claimed), attempts)
 
     async def _fill_from_others(self) -> None:
         if not self._pace.redelivers:
@@ -285,7 +285,7 @@ class Subscription:
         self._others_from = reply[0].decode()
         if self._others_from == "0-0":
             self._look_later()
-        claimed = [entry for entry in reply[1] if entry is not None]
+        claimed = self._without_deleted(reply[1])
         await self._deliver(claimed, await self._attempts(claimed))
 
     async def _fill_with_handed_back(self) -> None:
@@ -299,7 +299,7 @@ class Subscription:
         idle = _HANDED_BACK_IDLE // timedelta(milliseconds=1)
         ids = [id for id, _, _, _ in pending]
         claimed = await self._settle("XCLAIM", self._topic, self._group, self._consumer, idle, *ids)
-        await self._deliver(filter(None, claimed), {id: count + 1 for id, _, _, count in pending})
+        await self._deliver(self._without_deleted(claimed), {id: count + 1 for id, _, _, count in pending})
 
     def _look_later(self) -> None:
         self._others_due = self._clock.monotonic() + self._pace.look_interval.total_seconds()
@@ -321,6 +321,13 @@ class Subscription:
             *("BLOCK", _BLOCK // timedelta(milliseconds=1), "STREAMS", self._topic, ">"),
         )
         self._fresh.extend(self._known(_entries(reply), {}))
+
+    def _without_deleted(self, claimed: Sequence[_Entry | None]) -> list[_Entry]:
+        """Leave out what Redis 6.2 claimed for us and found deleted: it gives nil for it. What is pending with us has
+        the id, and lets it be settled."""
+        if None in claimed:
+            self._own_from = "0-0"
+        return [entry for entry in claimed if entry is not None]
 
     async def _attempts(self, entries: Sequence[_Entry]) -> dict[bytes, int]:
         if not entries:
