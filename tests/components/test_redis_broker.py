@@ -27,6 +27,12 @@ def server(private_server: Callable[[ServerKind], PrivateServer]) -> PrivateServ
     return private_server(ServerKind.REDIS)
 
 
+@pytest.fixture(params=["redis_url", "older_redis_url"])
+def each_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(request.param)
+    return url
+
+
 def redis_broker(url: str, **metadata: str) -> RedisBroker:
     address = {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/")}
     quick = {"redeliverInterval": "100ms", "processingTimeout": "60s"}
@@ -350,6 +356,30 @@ async def test_what_is_handed_back_is_given_again_where_nothing_else_is(redis_ur
 
     assert held.attempt == 1
     assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+async def test_members_that_died_are_forgotten_once_they_are_long_silent_and_have_nothing_pending(
+    each_url: str,
+) -> None:
+    run(each_url, "XGROUP", "CREATE", "t", "g", "0", "MKSTREAM")
+    run(each_url, "XADD", "t", "*", "data", "1")
+    run(each_url, "XREADGROUP", "GROUP", "g", "statecast-with-one-in-hand", "STREAMS", "t", ">")
+    for name in ("statecast-silent", "of-another-program"):
+        run(each_url, "XGROUP", "CREATECONSUMER", "t", "g", name)
+
+    async with redis_broker(each_url) as patient, patient.subscribe("t", "g"):
+        at_first = consumers_in(each_url, "t", "g")
+    async with redis_broker(each_url, processingTimeout="20ms") as broker:
+
+        async def is_forgotten() -> bool:
+            async with broker.subscribe("t", "g"):
+                return b"statecast-silent" not in consumers_in(each_url, "t", "g")
+
+        await until(is_forgotten)
+
+    assert at_first == {b"statecast-with-one-in-hand", b"statecast-silent", b"of-another-program"}
+    assert consumers_in(each_url, "t", "g") == {b"statecast-with-one-in-hand", b"of-another-program"}
+    assert run(each_url, "XPENDING", "t", "g")["pending"] == 1
 
 
 class OlderPipeline(Pipeline):

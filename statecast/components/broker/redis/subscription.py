@@ -7,7 +7,6 @@ consumer that nobody is, with its idle time set so that the next one who looks t
 
 import asyncio
 import logging
-import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import orjson
 
 from statecast.clock import Clock
 from statecast.components.broker.broker import Message
+from statecast.components.broker.redis.members import FORGET, FORGET_SILENT, HANDED_BACK, PREFIX, name_member
 from statecast.components.redis.connection import Argument, ErrorReply, NotSent, Reply, Unanswered
-from statecast.components.redis.pipeline import Pipeline, Script
+from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import RedisSettings
 from statecast.errors import InvalidRequest
 
@@ -34,22 +34,16 @@ _PAUSE: Final = timedelta(milliseconds=500)
 
 _LEAVE_TIMEOUT: Final = timedelta(seconds=3)
 
-_HANDED_BACK: Final = "statecast-handed-back"
-
 _HANDED_BACK_IDLE: Final = timedelta(seconds=1)
 """For how long at least nobody has had what was handed back: what somebody has is not taken from him."""
 
 _LOOK_INTERVAL: Final = timedelta(seconds=15)
 """How often to look for what was handed back, where nothing else is given again."""
 
-_Entry = tuple[bytes, list[bytes] | None]
+_FORGOTTEN_AFTER: Final = timedelta(minutes=1)
+"""How long a member has been silent that is gone, where no processing timeout says so."""
 
-_FORGET_MEMBER: Final = Script("""
--- KEYS: topic; ARGV: group, consumer. A consumer that is deleted takes what is pending with it into nowhere.
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])
-if pending.err or #pending > 0 then return 0 end
-return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
-""")
+_Entry = tuple[bytes, list[bytes] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +58,10 @@ class Pace:
     @property
     def redelivers(self) -> bool:
         return bool(self.processing_timeout and self.redeliver_interval)
+
+    @property
+    def forgotten_after(self) -> timedelta:
+        return self.processing_timeout or _FORGOTTEN_AFTER
 
     @property
     def look_interval(self) -> timedelta:
@@ -105,7 +103,7 @@ class Subscription:
     ) -> None:
         self._topic = topic
         self._group = group
-        self._consumer = secrets.token_hex(8)
+        self._consumer = name_member()
         self._settling = settling
         self._reading = Pipeline(settings, read_timeout=(settings.read_timeout + _BLOCK).total_seconds())
         self._pace = pace
@@ -124,6 +122,7 @@ class Subscription:
         await self._reading.__aenter__()
         try:
             await self._stand()
+            await self._forget_silent_members()
         except BaseException:
             await self._reading.__aexit__(None, None, None)
             raise
@@ -230,6 +229,14 @@ class Subscription:
             if error.code != "BUSYGROUP":
                 raise
 
+    async def _forget_silent_members(self) -> None:
+        """Delete who ended without leaving; what such a one had in hand must have been taken over before."""
+        silence = self._pace.forgotten_after // timedelta(milliseconds=1)
+        try:
+            await self._settling.run(FORGET_SILENT, 1, self._topic, self._group, PREFIX, silence)
+        except (NotSent, Unanswered, ErrorReply) as error:
+            logger.warning("members of group %r that are gone stay listed on %r: %s", self._group, self._topic, error)
+
     async def _fill_or_pause(self) -> None:
         try:
             await self._fill()
@@ -290,7 +297,7 @@ class Subscription:
 
     async def _fill_with_handed_back(self) -> None:
         pending = await self._settle(
-            "XPENDING", self._topic, self._group, "-", "+", self._pace.queue_depth, _HANDED_BACK
+            "XPENDING", self._topic, self._group, "-", "+", self._pace.queue_depth, HANDED_BACK
         )
         if not pending:
             self._look_later()
@@ -355,7 +362,7 @@ class Subscription:
     async def _hand_back(self) -> None:
         idle = max(self._pace.processing_timeout, _HANDED_BACK_IDLE)
         as_idle = ("IDLE", idle // timedelta(milliseconds=1), "JUSTID")
-        to = (self._topic, self._group, _HANDED_BACK, 0)
+        to = (self._topic, self._group, HANDED_BACK, 0)
         by_attempt: dict[int, list[bytes]] = {}
         for delivery in self._fresh:
             by_attempt.setdefault(delivery.attempt - 1, []).append(delivery.id)
@@ -364,7 +371,7 @@ class Subscription:
             await self._settle("XCLAIM", *to, *ids, "RETRYCOUNT", attempts, *as_idle)
         if ids := [*self._held, *self._postponed]:
             await self._settle("XCLAIM", *to, *ids, *as_idle)
-        await self._settling.run(_FORGET_MEMBER, 1, self._topic, self._group, self._consumer)
+        await self._settling.run(FORGET, 1, self._topic, self._group, self._consumer)
 
     async def _settle(self, *arguments: Argument) -> Reply:
         return await self._settling.command(*arguments)
