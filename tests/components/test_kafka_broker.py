@@ -1,11 +1,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from statecast.clock import SystemClock
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
@@ -19,32 +17,11 @@ from statecast.errors import ComponentError
 from statecast.runtime.server import PrivateServer, ServerKind
 from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
 from statecast.runtime.server_processes import KAFKA_SETTINGS
+from tests.components.kafka import kafka_broker, make_topic
 
 PATIENCE = 30.0
 SHORT = timedelta(seconds=1)
 AUTO_CREATE_VARIABLE = "KAFKA_AUTO_CREATE_TOPICS_ENABLE"
-
-
-def kafka_broker(address: str, **metadata: str) -> KafkaBroker:
-    fields = {"brokers": address, "authType": "none", "heartbeatInterval": "300ms", **metadata}
-    component = Component(name="pubsub", type="pubsub.kafka", metadata=fields)
-    return KafkaBroker(component, app_id="orders", clock=SystemClock())
-
-
-@asynccontextmanager
-async def administrator(address: str) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(bootstrap_servers=address)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-async def make_topic(address: str, topic: str, *, partitions: int = 1, **config: str) -> None:
-    async with administrator(address) as client:
-        settings = {name.replace("_", "."): value for name, value in config.items()}
-        await client.create_topics([NewTopic(topic, partitions, 1, topic_configs=settings)])
 
 
 @pytest.fixture

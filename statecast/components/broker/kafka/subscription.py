@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from statecast.components.broker.kafka.config import KafkaConfig
 from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.producer import cut_off
 from statecast.components.broker.kafka.records import decode
+from statecast.components.broker.kafka.starts import find_starts
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ COMMIT_SECONDS = 0.1
 _LEAVE_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _STAND_SECONDS = 10.0
+
+_EXPECTED = (KafkaError, OSError)
 
 _NOT_JOINED = "no subscription to topic %r of Kafka yet: %s"
 _NOT_READ = "topic %r of Kafka is not read, trying again: %s"
@@ -136,41 +139,34 @@ class Subscription:
     async def give_up(self) -> None:
         """Rest: the partitions are going to be dealt out anew."""
         self._stands.clear()
-        await self._commit()
         self._resting.extend(self._waiting)
         self._waiting.clear()
         self._update_room()
+        await self._commit()
 
     async def take_over(self, assigned: Iterable[TopicPartition]) -> None:
         """Go on with the partitions that came back, begin with the new ones, forget the others."""
-        before, self._partitions = self._partitions, {}
         try:
             async with asyncio.timeout(_STAND_SECONDS):
-                for where in assigned:
-                    self._partitions[where] = await self._position(where, before.get(where))
-        except (KafkaError, TimeoutError) as error:
+                self._stand(await find_starts(self._consumer, set(assigned), self._config.initial_offset))
+        except Exception as error:
             # The driver would only log it. Without positions there is no member: a new one shall take its place.
             self._failure = error
-            self._is_assembled.set()
-            return
+        self._is_assembled.set()
+
+    def _stand(self, starts: Mapping[TopicPartition, int]) -> None:
+        before = self._partitions
+        self._partitions = {where: _continued(where, before.get(where), start) for where, start in starts.items()}
         for where, partition in before.items():
             partition.is_ours = self._partitions.get(where) is partition
+        for where, partition in self._partitions.items():
+            # The driver has read since the moment of the assignment. What it gave was left, and is read again.
+            self._consumer.seek(where, partition.position)
         self._waiting.extend(waiting for waiting in self._resting if waiting.partition.is_ours)
         self._resting.clear()
         self._stands.set()
-        self._is_assembled.set()
         self._has_changed.set()
         self._update_room()
-
-    async def _position(self, where: TopicPartition, before: _Partition | None) -> _Partition:
-        committed = await self._consumer.committed(where)
-        if committed is not None and before is not None and before.committed == committed:
-            return before
-        if committed is None:
-            # Fixed now: a member that takes the partition over later must not begin at what is then the newest.
-            committed = await self._consumer.position(where)
-            await self._consumer.commit({where: committed})
-        return _Partition(where, committed, committed)
 
     # Reading and committing
 
@@ -183,13 +179,13 @@ class Subscription:
                     await self._is_assembled.wait()
                 if self._failure is not None:
                     raise self._failure
-            except (KafkaError, OSError, TimeoutError) as error:
-                await _stop(consumer)
-                self._complain(_NOT_JOINED, await explain(error, self._config))
-                await asyncio.sleep(_RETRY_SECONDS)
             except asyncio.CancelledError:
                 await _stop(consumer)
                 raise
+            except Exception as error:
+                await _stop(consumer)
+                self._complain(_NOT_JOINED, error, await explain(error, self._config))
+                await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self._complaints.pop(_NOT_JOINED, None)
                 return
@@ -223,7 +219,7 @@ class Subscription:
                 await self._read_some()
                 self._complaints.pop(_NOT_READ, None)
             except KafkaError as error:
-                self._complain(_NOT_READ, text_of(error))
+                self._complain(_NOT_READ, error)
                 # Without a right to the topic one is a member all the same. After anything else, as a right to the
                 # group that was missing for a moment, the driver may be none any more, and say nothing of it.
                 if not isinstance(error, TopicAuthorizationFailedError):
@@ -236,7 +232,7 @@ class Subscription:
     async def _read_some(self) -> None:
         await self._has_room.wait()
         if self._failure is not None:
-            self._complain(_NOT_READ, text_of(self._failure))
+            self._complain(_NOT_READ, self._failure)
             await self._start_anew()
         fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
         for where, records in fetched.items():
@@ -250,22 +246,17 @@ class Subscription:
         await self._join()
 
     def _take_in(self, where: TopicPartition, records: Iterable[Any]) -> None:
-        partition = self._partitions.get(where)
-        if partition is None:
+        if not self._stands.is_set():
             return
+        partition = self._partitions[where]
         for record in records:
-            # After the group was reassembled, the driver reads again from the committed offset.
-            if record.offset < partition.position:
-                continue
             partition.position = record.offset + 1
             partition.unsettled[record.offset] = None
             message = decode(
                 *(record.topic, record.partition, record.offset, record.timestamp),
                 *(record.key, record.value, record.headers),
             )
-            (self._waiting if self._stands.is_set() else self._resting).append(
-                _Waiting(partition, record.offset, message, 1)
-            )
+            self._waiting.append(_Waiting(partition, record.offset, message, 1))
         self._update_room()
         self._has_changed.set()
 
@@ -292,19 +283,20 @@ class Subscription:
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._consumer.commit(offsets)
-        except (KafkaError, TimeoutError) as error:
-            self._complain(_NOT_COMMITTED, text_of(error))
+        except Exception as error:
+            self._complain(_NOT_COMMITTED, error)
             self._is_dirty.set()
             return
         self._complaints.pop(_NOT_COMMITTED, None)
         for partition in moved:
             partition.committed = offsets[partition.where]
 
-    def _complain(self, message: str, reason: str) -> None:
+    def _complain(self, message: str, error: Exception, reason: str | None = None) -> None:
         """Log what fails when it begins to, and when the reason changes: a right that is missing may be so for days."""
+        reason = text_of(error) if reason is None else reason
         if self._complaints.get(message) != reason:
             self._complaints[message] = reason
-            logger.warning(message, self._topic, reason)
+            logger.warning(message, self._topic, reason, exc_info=None if isinstance(error, _EXPECTED) else error)
 
     async def _leave(self, consumer: Any) -> None:
         if self._stands.is_set():
@@ -322,6 +314,13 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the driver 
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         await self._subscription.take_over(assigned)
+
+
+def _continued(where: TopicPartition, before: _Partition | None, start: int) -> _Partition:
+    """Keep what this member knew of the partition, unless another one has committed meanwhile."""
+    if before is not None and before.committed == start:
+        return before
+    return _Partition(where, committed=start, position=start)
 
 
 class _KafkaDelivery:

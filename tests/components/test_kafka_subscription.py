@@ -1,0 +1,97 @@
+"""What a member of a group reads when the group is reassembled, or the topic is not what it was."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+
+from statecast.components.broker.broker import Delivery
+from statecast.components.testing.broker import LONG, numbered
+from tests.components.kafka import kafka_broker, make_topic
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"topic-{uuid4().hex[:12]}"
+
+
+async def bodies_of(deliveries: AsyncIterator[Delivery], wanted: set[bytes]) -> set[bytes]:
+    """Acknowledge deliveries until all that is wanted was there; tell what is missing when it does not come."""
+    missing = set(wanted)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while missing:
+                delivery = await anext(deliveries)
+                await delivery.ack()
+                missing.discard(delivery.message.body)
+    except TimeoutError:
+        pass
+    return wanted - missing
+
+
+def be_slow_to_tell_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell a member what its group has committed only once the driver has read ahead for it, or for a second."""
+    has_read = asyncio.Event()
+    give, tell = Fetcher.fetched_records, GroupCoordinator.fetch_committed_offsets
+
+    async def give_and_note(fetcher: Any, *args: Any, **options: Any) -> Any:
+        records = await give(fetcher, *args, **options)
+        if records:
+            has_read.set()
+        return records
+
+    async def tell_late(coordinator: Any, partitions: Any) -> Any:
+        await asyncio.wait([asyncio.ensure_future(has_read.wait())], timeout=1)
+        return await tell(coordinator, partitions)
+
+    monkeypatch.setattr(Fetcher, "fetched_records", give_and_note)
+    monkeypatch.setattr(GroupCoordinator, "fetch_committed_offsets", tell_late)
+
+
+# The group is reassembled
+
+
+async def test_what_the_driver_reads_while_partitions_are_taken_over_is_not_lost(
+    kafka_bootstrap: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver reads from the moment of the assignment on, long before a member knows where it is to go on."""
+    await make_topic(kafka_bootstrap, topic, partitions=6)
+    messages = numbered(topic, 120, keys=40)
+    wanted = {message.body for message in messages}
+
+    async with kafka_broker(kafka_bootstrap) as broker, broker.subscribe(topic, "group") as staying:
+        async with broker.subscribe(topic, "group"):
+            await broker.publish(messages[:60], LONG)
+            be_slow_to_tell_offsets(monkeypatch)
+        await broker.publish(messages[60:], LONG)
+        received = await bodies_of(staying, wanted)
+
+    assert received == wanted
+
+
+async def test_a_member_that_fails_to_take_its_partitions_over_joins_anew(
+    kafka_bootstrap: str, topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver would log it, and read on for a member that knows of no partition."""
+    tell = GroupCoordinator.fetch_committed_offsets
+
+    async def fail_once(coordinator: Any, partitions: Any) -> Any:
+        monkeypatch.setattr(GroupCoordinator, "fetch_committed_offsets", tell)
+        raise ValueError("an answer that nobody expected")
+
+    await make_topic(kafka_bootstrap, topic, partitions=2)
+    async with kafka_broker(kafka_bootstrap) as broker, broker.subscribe(topic, "group") as one:
+        monkeypatch.setattr(GroupCoordinator, "fetch_committed_offsets", fail_once)
+        async with broker.subscribe(topic, "group") as other:
+            await broker.publish(numbered(topic, 20), LONG)
+            async with asyncio.timeout(PATIENCE):
+                received = [(await anext(deliveries)).message.topic for deliveries in (one, other)]
+
+    assert received == [topic, topic]
+    assert "an answer that nobody expected" in caplog.text
