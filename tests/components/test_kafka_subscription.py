@@ -6,14 +6,48 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import NewPartitions
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.structs import OffsetAndMetadata
 
 from statecast.components.broker.broker import Delivery
+from statecast.components.broker.kafka.config import InitialOffset
+from statecast.components.broker.kafka.starts import find_starts
 from statecast.components.testing.broker import LONG, numbered
-from tests.components.kafka import kafka_broker, make_topic
+from tests.components.kafka import administrator, kafka_broker, make_topic
 
 PATIENCE = 30.0
+OLDEST, NEWEST = 10, 200
+
+
+class FakeConsumer:
+    """A member of a group in its `generation`, which has committed `offsets` of topic `t` with its four partitions."""
+
+    def __init__(self, offsets: dict[TopicPartition, OffsetAndMetadata], generation: int) -> None:
+        self.generation = generation
+        self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
+        self._coordinator = self
+        self._offsets = offsets
+
+    def subscription(self) -> set[str]:
+        return {"t"}
+
+    def partitions_for_topic(self, topic: str) -> set[int]:
+        return {0, 1, 2, 3}
+
+    async def fetch_committed_offsets(self, asked: list[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata]:
+        return {where: offset for where, offset in self._offsets.items() if where in asked}
+
+    async def beginning_offsets(self, asked: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(asked, OLDEST)
+
+    async def end_offsets(self, asked: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(asked, NEWEST)
+
+    async def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
+        self.committed |= offsets
 
 
 @pytest.fixture
@@ -95,3 +129,47 @@ async def test_a_member_that_fails_to_take_its_partitions_over_joins_anew(
 
     assert received == [topic, topic]
     assert "an answer that nobody expected" in caplog.text
+
+
+# The topic is not what it was
+
+
+async def test_a_partition_that_was_added_is_read_from_its_beginning(kafka_bootstrap: str, topic: str) -> None:
+    """A group begins with the newest, and has begun: what was published to the new partition is all new to it."""
+    await make_topic(kafka_bootstrap, topic)
+    messages = numbered(topic, 40, keys=40)
+    async with kafka_broker(kafka_bootstrap) as broker, broker.subscribe(topic, "group"):
+        pass
+
+    async with administrator(kafka_bootstrap) as client:
+        await client.create_partitions({topic: NewPartitions(4)})
+    async with kafka_broker(kafka_bootstrap) as broker:
+        await broker.publish(messages, LONG)
+        async with broker.subscribe(topic, "group") as deliveries:
+            received = await bodies_of(deliveries, {message.body for message in messages})
+
+    assert received == {message.body for message in messages}
+
+
+@pytest.mark.parametrize(
+    ("committed", "begins_with_the_oldest"),
+    [
+        ([], False),
+        ([(100, "begun in generation 5")], False),
+        ([(100, "begun in generation 4")], True),
+        ([(9, "")], True),
+    ],
+    ids=["a new group", "another first member was quicker", "a group that went on", "another program's group"],
+)
+async def test_only_a_group_that_was_there_before_begins_a_partition_with_the_oldest(
+    committed: list[tuple[int, str]], begins_with_the_oldest: bool
+) -> None:
+    offsets = {TopicPartition("t", number): OffsetAndMetadata(*each) for number, each in enumerate(committed)}
+    consumer = FakeConsumer(offsets, generation=5)
+    mine = TopicPartition("t", 3)
+
+    starts = await find_starts(consumer, [mine], InitialOffset.NEWEST)
+
+    expected = OffsetAndMetadata(OLDEST if begins_with_the_oldest else NEWEST, "begun in generation 5")
+    assert starts == {mine: expected}
+    assert consumer.committed == {mine: expected}

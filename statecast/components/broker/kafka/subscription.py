@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
+from aiokafka.structs import OffsetAndMetadata
 
 from statecast.components.broker.broker import Delivery, Message
-from statecast.components.broker.kafka.config import KafkaConfig
+from statecast.components.broker.kafka.config import InitialOffset, KafkaConfig
 from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.producer import cut_off
 from statecast.components.broker.kafka.records import decode
@@ -38,10 +39,12 @@ _NOT_COMMITTED = "what is settled of topic %r of Kafka is not committed yet: %s"
 class _Partition:
     """What this member knows of a partition that it was assigned.
 
-    `position` is the next offset to take in, `unsettled` the offsets taken in and not acknowledged, in order.
+    `birth` is the metadata of each of its commits, `position` the next offset to take in, `unsettled` the offsets
+    taken in and not acknowledged, in order.
     """
 
     where: TopicPartition
+    birth: str
     committed: int
     position: int
     unsettled: dict[int, None] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Subscription:
         self._config = config
         self._topic = topic
         self._group = group
+        self._initial_offset = config.initial_offset
         self._consumer: Any = None
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._waiting: deque[_Waiting] = deque()
@@ -148,13 +152,13 @@ class Subscription:
         """Go on with the partitions that came back, begin with the new ones, forget the others."""
         try:
             async with asyncio.timeout(_STAND_SECONDS):
-                self._stand(await find_starts(self._consumer, set(assigned), self._config.initial_offset))
+                self._stand(await find_starts(self._consumer, set(assigned), self._initial_offset))
         except Exception as error:
             # The driver would only log it. Without positions there is no member: a new one shall take its place.
             self._failure = error
         self._is_assembled.set()
 
-    def _stand(self, starts: Mapping[TopicPartition, int]) -> None:
+    def _stand(self, starts: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
         before = self._partitions
         self._partitions = {where: _continued(where, before.get(where), start) for where, start in starts.items()}
         for where, partition in before.items():
@@ -164,6 +168,8 @@ class Subscription:
             self._consumer.seek(where, partition.position)
         self._waiting.extend(waiting for waiting in self._resting if waiting.partition.is_ours)
         self._resting.clear()
+        # A partition that is without an offset later was added, or the topic was made anew, while this member stood.
+        self._initial_offset = InitialOffset.OLDEST
         self._stands.set()
         self._has_changed.set()
         self._update_room()
@@ -277,7 +283,7 @@ class Subscription:
     async def _commit(self) -> None:
         self._is_dirty.clear()
         moved = [partition for partition in self._partitions.values() if partition.committable != partition.committed]
-        offsets = {partition.where: partition.committable for partition in moved}
+        offsets = {partition.where: OffsetAndMetadata(partition.committable, partition.birth) for partition in moved}
         if not offsets:
             return
         try:
@@ -289,7 +295,7 @@ class Subscription:
             return
         self._complaints.pop(_NOT_COMMITTED, None)
         for partition in moved:
-            partition.committed = offsets[partition.where]
+            partition.committed = offsets[partition.where].offset
 
     def _complain(self, message: str, error: Exception, reason: str | None = None) -> None:
         """Log what fails when it begins to, and when the reason changes: a right that is missing may be so for days."""
@@ -316,11 +322,11 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the driver 
         await self._subscription.take_over(assigned)
 
 
-def _continued(where: TopicPartition, before: _Partition | None, start: int) -> _Partition:
+def _continued(where: TopicPartition, before: _Partition | None, start: OffsetAndMetadata) -> _Partition:
     """Keep what this member knew of the partition, unless another one has committed meanwhile."""
-    if before is not None and before.committed == start:
+    if before is not None and before.committed == start.offset:
         return before
-    return _Partition(where, committed=start, position=start)
+    return _Partition(where, start.metadata, committed=start.offset, position=start.offset)
 
 
 class _KafkaDelivery:
