@@ -1,21 +1,25 @@
 """What a member of a group reads when the group is reassembled, or the topic is not what it was."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import NewPartitions
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.structs import OffsetAndMetadata
 
-from statecast.components.broker.broker import Delivery
+from statecast.components.broker.broker import Delivery, Message, Published
+from statecast.components.broker.kafka import subscription
+from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.broker.kafka.config import InitialOffset
 from statecast.components.broker.kafka.starts import find_starts
 from statecast.components.testing.broker import LONG, numbered
+from statecast.runtime.server import PrivateServer, ServerKind
 from tests.components.kafka import administrator, kafka_broker, make_topic
 
 PATIENCE = 30.0
@@ -67,6 +71,19 @@ async def bodies_of(deliveries: AsyncIterator[Delivery], wanted: set[bytes]) -> 
     except TimeoutError:
         pass
     return wanted - missing
+
+
+async def until_published(broker: KafkaBroker, message: Message) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await broker.publish([message], LONG) != [Published()]:
+            pass
+
+
+async def commit_as(address: str, group: str, offsets: dict[TopicPartition, int]) -> None:
+    consumer = AIOKafkaConsumer(bootstrap_servers=address, group_id=group, enable_auto_commit=False)
+    async with consumer:
+        consumer.assign(list(offsets))
+        await consumer.commit(offsets)
 
 
 def be_slow_to_tell_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +190,45 @@ async def test_only_a_group_that_was_there_before_begins_a_partition_with_the_ol
     expected = OffsetAndMetadata(OLDEST if begins_with_the_oldest else NEWEST, "begun in generation 5")
     assert starts == {mine: expected}
     assert consumer.committed == {mine: expected}
+
+
+async def test_a_group_that_is_ahead_of_the_log_goes_back_and_says_so(
+    kafka_bootstrap: str, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a truncation: the group has committed more than there is."""
+    await make_topic(kafka_bootstrap, topic)
+    await commit_as(kafka_bootstrap, "group", {TopicPartition(topic, 0): 1_000})
+
+    async with kafka_broker(kafka_bootstrap) as broker:
+        async with broker.subscribe(topic, "group") as deliveries:
+            await broker.publish(numbered(topic, 5), LONG)
+            received = await bodies_of(deliveries, {b"0", b"1", b"2", b"3", b"4"})
+        async with broker.subscribe(topic, "group") as deliveries:
+            await broker.publish([Message(topic, b"next")], LONG)
+            async with asyncio.timeout(PATIENCE):
+                then = (await anext(deliveries)).message.body
+
+    assert received == {b"0", b"1", b"2", b"3", b"4"}
+    assert then == b"next"
+    assert "before offset 1000" in caplog.text
+
+
+async def test_a_member_goes_on_with_a_topic_that_is_made_anew(
+    private_server: Callable[[ServerKind], PrivateServer], topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver asks every five minutes for what there is."""
+    monkeypatch.setattr(subscription, "AIOKafkaConsumer", partial(AIOKafkaConsumer, metadata_max_age_ms=500))
+    server = private_server(ServerKind.KAFKA)
+    await make_topic(server.address, topic)
+    async with kafka_broker(server.address) as broker, broker.subscribe(topic, "group") as deliveries:
+        await broker.publish([Message(topic, b"old %d" % n) for n in range(20)], LONG)
+        await bodies_of(deliveries, {b"old 19"})
+
+        async with administrator(server.address) as client:
+            await client.delete_topics([topic])
+        async with kafka_broker(server.address) as other:
+            await until_published(other, Message(topic, b"new 0"))
+            await other.publish([Message(topic, b"new %d" % n) for n in range(1, 5)], LONG)
+        received = await bodies_of(deliveries, {b"new %d" % n for n in range(5)})
+
+    assert received == {b"new %d" % n for n in range(5)}

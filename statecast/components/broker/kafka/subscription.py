@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -28,10 +28,13 @@ _LEAVE_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _STAND_SECONDS = 10.0
 
+_NEVER = -1
+
 _EXPECTED = (KafkaError, OSError)
 
 _NOT_JOINED = "no subscription to topic %r of Kafka yet: %s"
 _NOT_READ = "topic %r of Kafka is not read, trying again: %s"
+_WENT_BACK = "partition %d of topic %r of Kafka ends before offset %d, where it was read; going on at offset %d"
 _NOT_COMMITTED = "what is settled of topic %r of Kafka is not committed yet: %s"
 
 
@@ -207,7 +210,8 @@ class Subscription:
         self._consumer = AIOKafkaConsumer(
             **config.connection_options(),
             group_id=self._group,
-            auto_offset_reset=config.initial_offset.value,
+            # Only for an offset that is not there any more: where a group begins is found when it is assembled.
+            auto_offset_reset=InitialOffset.OLDEST.value,
             enable_auto_commit=False,
             session_timeout_ms=int(config.session_timeout.total_seconds() * 1000),
             heartbeat_interval_ms=int(config.heartbeat_interval.total_seconds() * 1000),
@@ -251,10 +255,12 @@ class Subscription:
         await _stop(self._consumer)
         await self._join()
 
-    def _take_in(self, where: TopicPartition, records: Iterable[Any]) -> None:
+    def _take_in(self, where: TopicPartition, records: Sequence[Any]) -> None:
         if not self._stands.is_set():
             return
         partition = self._partitions[where]
+        if records[0].offset < partition.position:
+            partition = self._go_back(partition, records[0].offset)
         for record in records:
             partition.position = record.offset + 1
             partition.unsettled[record.offset] = None
@@ -265,6 +271,19 @@ class Subscription:
             self._waiting.append(_Waiting(partition, record.offset, message, 1))
         self._update_room()
         self._has_changed.set()
+
+    def _go_back(self, before: _Partition, offset: int) -> _Partition:
+        """Begin the partition anew: its log was cut off before our position, or the topic was made anew.
+
+        What was taken in of it before is handed out all the same, but nobody can settle it any more. The new position
+        is committed without waiting for a delivery: once the log has grown past the old one, nobody sees it is wrong.
+        """
+        logger.warning(_WENT_BACK, before.where.partition, self._topic, before.position, offset)
+        before.is_ours = False
+        partition = _Partition(before.where, before.birth, committed=_NEVER, position=offset)
+        self._partitions[before.where] = partition
+        self._is_dirty.set()
+        return partition
 
     def _hand_out(self, waiting: _Waiting) -> Delivery:
         self._update_room()
