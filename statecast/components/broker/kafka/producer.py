@@ -98,6 +98,7 @@ class Producer:
         )
         self._sendings: dict[Any, Sending] = {}
         self._requests: dict[asyncio.Task[Any] | None, list[Sending]] = {}
+        self._is_abandoned = False
         self._watch_requests()
 
     async def start(self) -> None:
@@ -161,6 +162,7 @@ class Producer:
 
     def abandon(self) -> None:
         """End all sending now: what is not `was_sent` when this returns will never be."""
+        self._is_abandoned = True
         # The driver warns about producers that are dropped without `stop`.
         self._driver._closed = True
         for task in self._tasks():
@@ -205,6 +207,9 @@ class Producer:
         run_request, send = sender._send_produce_req, client.send
 
         async def run_watched(node_id: Any, batches: Any) -> None:
+            # A task that was made and not begun is in nobody's books, and its sender waits for it even when cancelled.
+            if self._is_abandoned:
+                return
             task = asyncio.current_task()
             sendings = (self._sendings.get(batch._builder) for batch in batches.values())
             self._requests[task] = [sending for sending in sendings if sending is not None]

@@ -1,0 +1,90 @@
+"""What a producer tells of its sendings, on a server that is played: answers that a real one gives only in trouble."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from statecast.components.broker.broker import Message
+from statecast.components.broker.kafka.config import parse_config
+from statecast.components.broker.kafka.producer import Producer
+from statecast.components.broker.kafka.records import encode
+from statecast.components.manifest import Component
+
+NODE = 0
+
+
+class PlayedServer:
+    """The one node of a cluster with the topic `t`. It answers no request unless `answer` makes an answer of it."""
+
+    def __init__(self, answer: Callable[[Any], Any] | None = None) -> None:
+        self.requests: list[Any] = []
+        self._answer = answer
+
+    def metadata(self, *, error: int = 0, leader: int = NODE) -> Any:
+        """Make an answer that knows topic `t` with the partitions 0 and 1, of which 0 is led by the node."""
+        partitions = [(0, 0, NODE, [NODE], [NODE]), (0, 1, leader, [NODE], [NODE])]
+        topics = [(error, "t", False, [] if error else partitions)]
+        return SimpleNamespace(API_VERSION=1, brokers=[(NODE, "h", 1, None)], controller_id=NODE, topics=topics)
+
+    # A connection of the driver's
+
+    _writer = None
+
+    def connected(self) -> bool:
+        return True
+
+    def send(self, request: Any, expect_response: bool = True) -> asyncio.Future[Any]:
+        self.requests.append(request)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._answer is not None:
+            answer.set_result(self._answer(request))
+        return answer
+
+    async def close(self, **reason: Any) -> None:
+        pass
+
+
+@asynccontextmanager
+async def started(server: PlayedServer) -> AsyncIterator[Producer]:
+    metadata = {"brokers": "h:1", "authType": "none"}
+    producer = Producer(parse_config(Component(name="p", type="pubsub.kafka", metadata=metadata), "orders"))
+    driver = producer._driver
+    driver._txn_manager.set_pid_and_epoch(1, 0)
+    driver.client.cluster.update_metadata(server.metadata())
+    driver.client._conns[(NODE, 0)] = server
+    driver.client.bootstrap = _nothing
+    await producer.start()
+    await _steps(5)
+    try:
+        yield producer
+    finally:
+        await producer.close()
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def _steps(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_what_was_not_sent_when_it_was_cancelled_is_never_sent(steps: int) -> None:
+    """At one of the steps the driver has made the task of the request, and not begun it."""
+    server = PlayedServer()
+    async with started(server) as producer:
+        sending = producer.prepare([encode(0, Message("t", b"1", "a"))], "t", 0)
+        task = asyncio.ensure_future(producer.send(sending))
+        await _steps(steps)
+        task.cancel()
+        await asyncio.wait([task])
+        was_sent = sending.was_sent
+        await _steps(20)
+
+    assert len(server.requests) == was_sent
