@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from statecast.components.broker.broker import Message
 from statecast.components.broker.kafka.config import parse_config
-from statecast.components.broker.kafka.producer import Producer
+from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, Sending, TopicRefused
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 
@@ -23,6 +23,11 @@ class PlayedServer:
     def __init__(self, answer: Callable[[Any], Any] | None = None) -> None:
         self.requests: list[Any] = []
         self._answer = answer
+
+    @classmethod
+    def refusing(cls, code: int) -> Self:
+        """Make one that answers every batch for partition 0 with the error."""
+        return cls(lambda request: SimpleNamespace(API_VERSION=2, topics=[("t", [(0, code, -1, -1)])]))
 
     def metadata(self, *, error: int = 0, leader: int = NODE) -> Any:
         """Make an answer that knows topic `t` with the partitions 0 and 1, of which 0 is led by the node."""
@@ -65,6 +70,10 @@ async def started(server: PlayedServer) -> AsyncIterator[Producer]:
         await producer.close()
 
 
+def sending_of(producer: Producer) -> Sending:
+    return producer.prepare([encode(0, Message("t", b"1", "a"))], "t", 0)
+
+
 async def _nothing() -> None:
     pass
 
@@ -79,7 +88,7 @@ async def test_what_was_not_sent_when_it_was_cancelled_is_never_sent(steps: int)
     """At one of the steps the driver has made the task of the request, and not begun it."""
     server = PlayedServer()
     async with started(server) as producer:
-        sending = producer.prepare([encode(0, Message("t", b"1", "a"))], "t", 0)
+        sending = sending_of(producer)
         task = asyncio.ensure_future(producer.send(sending))
         await _steps(steps)
         task.cancel()
@@ -88,3 +97,31 @@ async def test_what_was_not_sent_when_it_was_cancelled_is_never_sent(steps: int)
         await _steps(20)
 
     assert len(server.requests) == was_sent
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        *((code, MessageRefused) for code in (2, 10, 18, 87)),
+        *((code, TopicRefused) for code in (17, 29, 31, 32, 35, 43, 44, 76)),
+        *((code, SendFailed) for code in (-1, 45, 57, 12345)),
+    ],
+)
+async def test_an_error_of_the_server_is_about_the_message_the_topic_or_neither_and_is_told(
+    code: int, kind: type[Exception]
+) -> None:
+    async with started(PlayedServer.refusing(code)) as producer:
+        with pytest.raises(kind, match=rf"\({code}\)"):
+            await producer.send(sending_of(producer))
+
+
+async def test_what_the_server_says_while_the_driver_goes_on_sending_is_told() -> None:
+    async with started(PlayedServer.refusing(19)) as producer:
+        sending = sending_of(producer)
+        sender = asyncio.ensure_future(producer.send(sending))
+        await _steps(20)
+        sender.cancel()
+        await asyncio.wait([sender])
+
+    assert sending.answer is not None
+    assert sending.answer.startswith("NOT_ENOUGH_REPLICAS (19): ")

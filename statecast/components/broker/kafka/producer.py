@@ -8,46 +8,22 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
-    BrokerResponseError,
     ClusterAuthorizationFailedError,
-    InvalidTimestampError,
-    InvalidTopicError,
     KafkaError,
-    MessageSizeTooLargeError,
     NodeNotReadyError,
     NoError,
-    PolicyViolationError,
-    RecordListTooLargeError,
-    TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
-    UnsupportedForMessageFormatError,
     for_code,
-    kafka_errors,
 )
 from aiokafka.protocol.metadata import MetadataRequest
 
+from statecast.components.broker.kafka.answers import ABOUT_MESSAGE, ABOUT_TOPIC, describe
 from statecast.components.broker.kafka.config import KafkaConfig
 from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.records import Record
 
 logger = logging.getLogger(__name__)
 
-
-class InvalidRecordError(BrokerResponseError):  # type: ignore[misc]  # the driver has no types
-    """A code that the driver takes for an unexpected server error: a compacted topic refuses a record without key."""
-
-    errno = 87
-    message = "INVALID_RECORD"
-    description = "The record failed the validation on the broker."
-
-
-kafka_errors.setdefault(InvalidRecordError.errno, InvalidRecordError)
-
-_ABOUT_MESSAGE = (
-    *(MessageSizeTooLargeError, RecordListTooLargeError, InvalidTimestampError, PolicyViolationError),
-    *(UnsupportedForMessageFormatError, InvalidRecordError),
-)
-_ABOUT_TOPIC = (TopicAuthorizationFailedError, ClusterAuthorizationFailedError, InvalidTopicError)
 
 _POLL_SECONDS = 0.05
 _CLOSE_SECONDS = 2.0
@@ -67,12 +43,16 @@ class SendFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Sending:
-    """One batch on its way. `was_sent` turns true when its first byte is handed to a connection."""
+    """One batch on its way. `was_sent` turns true when its first byte is handed to a connection.
+
+    `answer` is what the broker said last, in words: the driver goes on sending after much of that.
+    """
 
     topic: str
     partition: int
     builder: Any
     was_sent: bool = False
+    answer: str | None = None
 
 
 class Producer:
@@ -147,13 +127,13 @@ class Producer:
         try:
             stored = await self._driver.send_batch(sending.builder, sending.topic, partition=sending.partition)
             await stored
-        except _ABOUT_MESSAGE as error:
-            raise MessageRefused(text_of(error)) from error
-        except _ABOUT_TOPIC as error:
-            raise self._refusal(sending.topic, type(error)) from error
+        except ABOUT_MESSAGE as error:
+            raise MessageRefused(describe(error.errno)) from error
+        except ABOUT_TOPIC as error:
+            raise self._refusal(sending.topic, error.errno) from error
         # The driver asserts that the partition is there: a topic that was made anew may have fewer.
         except (KafkaError, OSError, TimeoutError, AssertionError) as error:
-            raise SendFailed(text_of(error)) from error
+            raise SendFailed(sending.answer or text_of(error)) from error
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -186,19 +166,20 @@ class Producer:
     async def _ask_for(self, topic: str, *, is_last_time: bool) -> None:
         client = self._driver.client
         answer = await client.send(client.get_random_node(), MetadataRequest([topic]))
-        error = next((for_code(each[0]) for each in answer.topics if each[1] == topic), UnknownTopicOrPartitionError)
+        code = next((code for code, name, *_ in answer.topics if name == topic), UnknownTopicOrPartitionError.errno)
+        error = for_code(code)
         if error is NoError:
             await self._driver.partitions_for(topic)
-        elif error in _ABOUT_TOPIC or (error is UnknownTopicOrPartitionError and is_last_time):
-            raise self._refusal(topic, error)
+        elif error in ABOUT_TOPIC or (error is UnknownTopicOrPartitionError and is_last_time):
+            raise self._refusal(topic, code)
         else:
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _refusal(self, topic: str, error: type[BrokerResponseError]) -> TopicRefused:
-        return TopicRefused(f"{topic}, as {self._user}: {error.message}: {error.description}")
+    def _refusal(self, topic: str, code: int) -> TopicRefused:
+        return TopicRefused(f"{topic}, as {self._user}: {describe(code)}")
 
     def _watch_requests(self) -> None:
-        """Learn which batches were handed to a connection, which the driver does not tell.
+        """Learn which batches were handed to a connection, and what was answered, which the driver does not tell.
 
         Its sender runs one task per produce request; within it, a request is sent in the same step in which its
         connection is found ready.
@@ -219,14 +200,23 @@ class Producer:
                 del self._requests[task]
 
         async def send_watched(node_id: Any, request: Any, **options: Any) -> Any:
-            if sendings := self._requests.get(asyncio.current_task()):
-                if not await client.ready(node_id):
-                    raise NodeNotReadyError(f"node {node_id} is not connected")
-                for sending in sendings:
-                    sending.was_sent = True
-            return await send(node_id, request, **options)
+            sendings = self._requests.get(asyncio.current_task(), ())
+            if sendings and not await client.ready(node_id):
+                raise NodeNotReadyError(f"node {node_id} is not connected")
+            for sending in sendings:
+                sending.was_sent = True
+            answer = await send(node_id, request, **options)
+            for sending in sendings:
+                sending.answer = _answer_to(sending, answer)
+            return answer
 
         sender._send_produce_req, client.send = run_watched, send_watched
+
+
+def _answer_to(sending: Sending, answer: Any) -> str | None:
+    codes = {(topic, partition): code for topic, parts in answer.topics for partition, code, *_ in parts}
+    code = codes.get((sending.topic, sending.partition), NoError.errno)
+    return None if code == NoError.errno else describe(code)
 
 
 async def cut_off(client: Any) -> None:

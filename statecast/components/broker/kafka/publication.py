@@ -146,7 +146,7 @@ class Publication:
             self._hold_back(queue, batch)
         except asyncio.CancelledError:
             if sending.was_sent:
-                self._decide(batch, Unknown("sent, and not acknowledged in time"))
+                self._decide(batch, Unknown(f"sent, and not acknowledged in time: {sending.answer or 'no answer'}"))
             raise
         else:
             self._decide(batch, Published())
