@@ -13,8 +13,9 @@ from statecast.components.broker.broker import Delivery, Message, Outcome, Settl
 from statecast.components.broker.kafka.config import parse_config
 from statecast.components.broker.kafka.pool import ProducerPool
 from statecast.components.broker.kafka.producer import Producer
-from statecast.components.broker.kafka.publication import Publication, TopicMemory
+from statecast.components.broker.kafka.publication import Publication
 from statecast.components.broker.kafka.subscription import Subscription
+from statecast.components.broker.kafka.topics import TopicMemory
 from statecast.components.manifest import Component
 
 logger = logging.getLogger(__name__)

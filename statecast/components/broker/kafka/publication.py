@@ -3,7 +3,6 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
@@ -13,11 +12,10 @@ from statecast.components.broker.kafka.pool import ProducerPool
 from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, TopicRefused
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
 from statecast.components.broker.kafka.records import Record, encode, key_of
+from statecast.components.broker.kafka.topics import TopicMemory
 
 BATCH_BYTES = 1_000_000
 """A little less than the 1,048,588 bytes that a topic takes unless it says otherwise."""
-
-SMALLEST_BATCH_BYTES = 1024
 
 # Kafka's Topic.MAX_NAME_LENGTH
 LONGEST_TOPIC_NAME = 249
@@ -25,23 +23,8 @@ LONGEST_TOPIC_NAME = 249
 UNKNOWN_TOPIC_SECONDS = 2.0
 """How long a topic may be unknown while the server may be making it."""
 
-MOST_UNKNOWN_TOPICS = 1_000
-
 _HELD_BACK = Unreachable("held back: an earlier message of its key was not published")
 _NOT_SENT = Unreachable("not sent in time")
-
-
-@dataclass(slots=True)
-class TopicMemory:
-    """What earlier calls learned: the batch size that a topic takes, and since when it has been unknown."""
-
-    batch_bytes: dict[str, int] = field(default_factory=dict)
-    unknown_since: dict[str, float] = field(default_factory=dict)
-
-    def forget_some(self) -> None:
-        """Forget what is cheap to learn again, before made-up topic names fill the memory."""
-        if len(self.unknown_since) > MOST_UNKNOWN_TOPICS:
-            self.unknown_since.clear()
 
 
 class Publication:
@@ -124,7 +107,10 @@ class Publication:
 
     async def _send_queue(self, producer: Producer, queue: PartitionQueue) -> bool:
         while queue:
-            batch = queue.take(self._memory.batch_bytes.get(queue.topic, self._limit))
+            batch = queue.take(
+                self._memory.batch_bytes(queue.topic, self._limit),
+                limit_count=self._memory.batch_count(queue.topic, queue.partition),
+            )
             if not await self._send_batch(producer, queue, batch):
                 if queue:
                     self._queues.append(queue)
@@ -150,14 +136,17 @@ class Publication:
             raise
         else:
             self._decide(batch, Published())
+            self._memory.trust_more(queue.topic, queue.partition)
             return True
         return False
 
     def _refuse(self, queue: PartitionQueue, batch: Batch, reason: str) -> None:
         if len(batch) > 1:
             queue.split(batch)
+            self._memory.suspect(queue.topic, queue.partition, len(batch))
             return
         queue.has_culprit = True
+        self._memory.trust_again(queue.topic, queue.partition)
         self._decide(batch, Refused(reason))
         self._hold_back(queue, batch)
 
@@ -165,10 +154,9 @@ class Publication:
         self._decide(queue.drop_keys(record.key for record in batch), _HELD_BACK)
 
     def _learn(self, queue: PartitionQueue) -> None:
-        """Batches that were refused although no message of theirs was: send smaller ones to this topic from now on."""
+        self._memory.trust_again(queue.topic, queue.partition)
         if queue.was_split and not queue.has_culprit:
-            limit = self._memory.batch_bytes.get(queue.topic, self._limit)
-            self._memory.batch_bytes[queue.topic] = max(limit // 2, SMALLEST_BATCH_BYTES)
+            self._memory.halve_bytes(queue.topic, self._limit)
 
     def _give_up(self, outcome: Outcome) -> None:
         for topic in list(self._unrouted):

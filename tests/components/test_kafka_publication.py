@@ -1,0 +1,109 @@
+"""How a publish deals its messages out, on producers that are played."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from statecast.components.broker.broker import Message, Outcome, Published, Refused, Unreachable
+from statecast.components.broker.kafka.producer import MessageRefused, Sending
+from statecast.components.broker.kafka.publication import Publication
+from statecast.components.broker.kafka.records import Record
+from statecast.components.broker.kafka.topics import TopicMemory
+from statecast.components.testing.broker import numbered
+
+POISON = b"poison"
+
+
+class PlayedProducer:
+    """Stores what has no poison in it. `batches` has the size of each that was sent."""
+
+    def __init__(self, batches: list[int]) -> None:
+        self._batches = batches
+
+    async def partitions(self, topic: str, patience: float) -> list[int]:
+        return [0]
+
+    def prepare(self, records: Sequence[Record], topic: str, partition: int) -> Sending:
+        return Sending(topic, partition, records)
+
+    async def send(self, sending: Sending) -> None:
+        sending.was_sent = True
+        self._batches.append(len(sending.builder))
+        if any(record.value == POISON for record in sending.builder):
+            raise MessageRefused("INVALID_RECORD")
+
+
+class SlowPool:
+    """Lends `producers` producers; who waits for one more has waited until the deadline."""
+
+    def __init__(self, producers: int) -> None:
+        self.batches: list[int] = []
+        self.is_empty = asyncio.Event()
+        self._left = producers
+
+    async def borrow(self) -> PlayedProducer:
+        if self._left == 0:
+            self.is_empty.set()
+            await asyncio.Event().wait()
+        self._left -= 1
+        return PlayedProducer(self.batches)
+
+    def give_back(self, producer: PlayedProducer) -> None:
+        self._left += 1
+
+    def throw_away(self, producer: PlayedProducer) -> None:
+        pass
+
+
+async def publish(messages: Sequence[Message], memory: TopicMemory, pool: Any) -> list[Outcome]:
+    publication = Publication(messages, 1_000_000, memory)
+    sending = asyncio.ensure_future(publication.send(pool))
+    deadline = asyncio.ensure_future(pool.is_empty.wait())
+    await asyncio.wait([sending, deadline], return_when=asyncio.FIRST_COMPLETED)
+    for task in (sending, deadline):
+        task.cancel()
+    await asyncio.wait([sending, deadline])
+    return publication.outcomes()
+
+
+async def publish_until_refused(messages: Sequence[Message], memory: TopicMemory) -> list[Message]:
+    """Publish as a relay does, again what was not published, with two producers a call; tell what is refused."""
+    pending = list(messages)
+    for _ in range(10):
+        outcomes = await publish(pending, memory, SlowPool(producers=2))
+        if refused := [message for message, each in zip(pending, outcomes, strict=True) if isinstance(each, Refused)]:
+            return refused
+        pending = [message for message, each in zip(pending, outcomes, strict=True) if each != Published()]
+    return []
+
+
+@pytest.mark.parametrize("place", [0, 500, 999])
+async def test_poison_is_found_over_several_calls_when_each_has_time_for_few_refusals(place: int) -> None:
+    """After each refusal the rest waits for another producer."""
+    messages = numbered("t", 1000, keys=1000)
+    messages[place] = Message("t", POISON, "poisoned")
+
+    refused = await publish_until_refused(messages, TopicMemory())
+
+    assert refused == [messages[place]]
+
+
+async def test_once_the_poison_is_found_batches_are_large_again() -> None:
+    memory = TopicMemory()
+    others = numbered("t", 100, keys=100)
+    await publish_until_refused([Message("t", POISON, "poisoned"), *others], memory)
+
+    pool = SlowPool(producers=1)
+    outcomes = await publish(others, memory, pool)
+
+    assert Counter(map(type, outcomes)) == {Published: 100}
+    assert pool.batches == [100]
+
+
+async def test_what_is_not_sent_while_poison_is_looked_for_is_unreachable() -> None:
+    outcomes = await publish([Message("t", POISON), *numbered("t", 100)], TopicMemory(), SlowPool(producers=2))
+
+    assert Counter(map(type, outcomes)) == {Unreachable: 101}
