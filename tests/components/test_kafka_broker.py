@@ -9,6 +9,7 @@ from statecast.clock import SystemClock
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.broker.kafka.config import parse_config
+from statecast.components.broker.kafka.patience import Patience
 from statecast.components.broker.kafka.producer import Producer
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
@@ -322,7 +323,7 @@ async def test_what_waited_behind_a_request_is_never_sent_once_it_was_given_up(
     config = parse_config(Component(name="pubsub", type="pubsub.kafka", metadata={"brokers": server.address}), "orders")
     producer = Producer(config)
     await producer.start()
-    await producer.partitions(topic, PATIENCE)
+    await producer.partitions(topic, Patience(PATIENCE, SystemClock()))
     async with kafka_broker(server.address, initialOffset="oldest") as broker:
         server.freeze()
         sendings = [producer.prepare([encode(0, Message(topic, b"%d" % n))], topic, n) for n in range(2)]

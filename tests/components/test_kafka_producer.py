@@ -1,20 +1,37 @@
 """What a producer tells of its sendings, on a server that is played: answers that a real one gives only in trouble."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
+from statecast.clock import SystemClock
 from statecast.components.broker.broker import Message
 from statecast.components.broker.kafka.config import parse_config
-from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, Sending, TopicRefused
+from statecast.components.broker.kafka.patience import Patience
+from statecast.components.broker.kafka.producer import (
+    MessageRefused,
+    NoLeader,
+    Producer,
+    SendFailed,
+    Sending,
+    TopicRefused,
+)
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 
-NODE = 0
+NODE, NOBODY = 0, -1
+
+
+class MovedClock(SystemClock):
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
 
 
 class PlayedServer:
@@ -29,10 +46,15 @@ class PlayedServer:
         """Make one that answers every batch for partition 0 with the error."""
         return cls(lambda request: SimpleNamespace(API_VERSION=2, topics=[("t", [(0, code, -1, -1)])]))
 
-    def metadata(self, *, error: int = 0, leader: int = NODE) -> Any:
-        """Make an answer that knows topic `t` with the partitions 0 and 1, of which 0 is led by the node."""
-        partitions = [(0, 0, NODE, [NODE], [NODE]), (0, 1, leader, [NODE], [NODE])]
-        topics = [(error, "t", False, [] if error else partitions)]
+    @classmethod
+    def hiding(cls, code: int) -> Self:
+        """Make one that answers with the error when it is asked for a topic."""
+        return cls(lambda request: SimpleNamespace(topics=[(code, "unknown", False, [])]))
+
+    def metadata(self, leaders: Sequence[int] = (NODE,)) -> Any:
+        """Make an answer that knows topic `t` with a partition for each of the leaders."""
+        partitions = [(0, number, leader, [NODE], [NODE]) for number, leader in enumerate(leaders)]
+        topics = [(0, "t", False, partitions)]
         return SimpleNamespace(API_VERSION=1, brokers=[(NODE, "h", 1, None)], controller_id=NODE, topics=topics)
 
     # A connection of the driver's
@@ -72,6 +94,16 @@ async def started(server: PlayedServer) -> AsyncIterator[Producer]:
 
 def sending_of(producer: Producer) -> Sending:
     return producer.prepare([encode(0, Message("t", b"1", "a"))], "t", 0)
+
+
+def refresh_with(producer: Producer, metadata: Callable[[], Any]) -> None:
+    """Have the driver learn this whenever it asks anew."""
+    client = producer._driver.client
+
+    async def learn() -> None:
+        client.cluster.update_metadata(metadata())
+
+    client.force_metadata_update = lambda: asyncio.ensure_future(learn())
 
 
 async def _nothing() -> None:
@@ -125,3 +157,63 @@ async def test_what_the_server_says_while_the_driver_goes_on_sending_is_told() -
 
     assert sending.answer is not None
     assert sending.answer.startswith("NOT_ENOUGH_REPLICAS (19): ")
+
+
+# What is missing
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(3, TopicRefused), (38, TopicRefused), (12345, TopicRefused), (5, SendFailed)]
+)
+async def test_a_topic_that_cannot_be_had_is_given_up_with_the_reason_when_the_patience_is_over(
+    code: int, kind: type[Exception]
+) -> None:
+    clock = MovedClock()
+    patience = Patience(2, clock)
+    async with started(PlayedServer.hiding(code)) as producer:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await producer.partitions("unknown", patience)
+        clock.seconds = 2
+        with pytest.raises(kind, match=rf"\({code}\)"):
+            await producer.partitions("unknown", patience)
+
+
+async def test_a_topic_that_nobody_was_asked_for_gets_all_the_patience() -> None:
+    """A call that failed, or was cancelled, before the server answered is no sign that the topic is missing."""
+    clock = MovedClock()
+    patience = Patience(2, clock)
+    async with started(PlayedServer()) as silent, started(PlayedServer.hiding(3)) as producer:
+        asking = asyncio.ensure_future(silent.partitions("unknown", patience))
+        await _steps(5)
+        asking.cancel()
+        clock.seconds = 100
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await producer.partitions("unknown", patience)
+
+
+async def test_a_partition_without_a_leader_is_waited_for_until_the_patience_is_over() -> None:
+    clock = MovedClock()
+    patience = Patience(1, clock)
+    server = PlayedServer()
+    async with started(server) as producer:
+        leaders = [NODE, NOBODY]
+        refresh_with(producer, lambda: server.metadata(leaders))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await producer.find_leader("t", 1, patience)
+        clock.seconds = 1
+        with pytest.raises(NoLeader):
+            await producer.find_leader("t", 1, patience)
+
+
+async def test_a_partition_that_gets_a_leader_in_time_is_found() -> None:
+    server = PlayedServer()
+    async with started(server) as producer:
+        learned = [[NODE, NOBODY], [NODE, NOBODY], [NODE, NODE]]
+        refresh_with(producer, lambda: server.metadata(learned.pop(0)))
+
+        await producer.find_leader("t", 1, Patience(1, MovedClock()))
+
+    assert learned == []

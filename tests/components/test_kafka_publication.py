@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from statecast.clock import SystemClock
 from statecast.components.broker.broker import Message, Outcome, Published, Refused, Unreachable
-from statecast.components.broker.kafka.producer import MessageRefused, Sending
+from statecast.components.broker.kafka.patience import Patience
+from statecast.components.broker.kafka.producer import MessageRefused, NoLeader, Sending
 from statecast.components.broker.kafka.publication import Publication
 from statecast.components.broker.kafka.records import Record
 from statecast.components.broker.kafka.topics import TopicMemory
@@ -20,11 +22,16 @@ POISON = b"poison"
 class PlayedProducer:
     """Stores what has no poison in it. `batches` has the size of each that was sent."""
 
-    def __init__(self, batches: list[int]) -> None:
+    def __init__(self, batches: list[int], leaderless: Sequence[int]) -> None:
         self._batches = batches
+        self._leaderless = leaderless
 
-    async def partitions(self, topic: str, patience: float) -> list[int]:
-        return [0]
+    async def partitions(self, topic: str, patience: Patience) -> list[int]:
+        return [0, *self._leaderless]
+
+    async def find_leader(self, topic: str, partition: int, patience: Patience) -> None:
+        if partition in self._leaderless:
+            raise NoLeader(f"no leader of partition {partition}")
 
     def prepare(self, records: Sequence[Record], topic: str, partition: int) -> Sending:
         return Sending(topic, partition, records)
@@ -39,17 +46,18 @@ class PlayedProducer:
 class SlowPool:
     """Lends `producers` producers; who waits for one more has waited until the deadline."""
 
-    def __init__(self, producers: int) -> None:
+    def __init__(self, producers: int, leaderless: Sequence[int] = ()) -> None:
         self.batches: list[int] = []
         self.is_empty = asyncio.Event()
         self._left = producers
+        self._leaderless = leaderless
 
     async def borrow(self) -> PlayedProducer:
         if self._left == 0:
             self.is_empty.set()
             await asyncio.Event().wait()
         self._left -= 1
-        return PlayedProducer(self.batches)
+        return PlayedProducer(self.batches, self._leaderless)
 
     def give_back(self, producer: PlayedProducer) -> None:
         self._left += 1
@@ -86,13 +94,13 @@ async def test_poison_is_found_over_several_calls_when_each_has_time_for_few_ref
     messages = numbered("t", 1000, keys=1000)
     messages[place] = Message("t", POISON, "poisoned")
 
-    refused = await publish_until_refused(messages, TopicMemory())
+    refused = await publish_until_refused(messages, TopicMemory(SystemClock()))
 
     assert refused == [messages[place]]
 
 
 async def test_once_the_poison_is_found_batches_are_large_again() -> None:
-    memory = TopicMemory()
+    memory = TopicMemory(SystemClock())
     others = numbered("t", 100, keys=100)
     await publish_until_refused([Message("t", POISON, "poisoned"), *others], memory)
 
@@ -104,6 +112,16 @@ async def test_once_the_poison_is_found_batches_are_large_again() -> None:
 
 
 async def test_what_is_not_sent_while_poison_is_looked_for_is_unreachable() -> None:
-    outcomes = await publish([Message("t", POISON), *numbered("t", 100)], TopicMemory(), SlowPool(producers=2))
+    messages = [Message("t", POISON), *numbered("t", 100)]
+
+    outcomes = await publish(messages, TopicMemory(SystemClock()), SlowPool(producers=2))
 
     assert Counter(map(type, outcomes)) == {Unreachable: 101}
+
+
+async def test_a_partition_without_a_leader_holds_up_no_other() -> None:
+    messages = numbered("t", 100, keys=20)
+
+    outcomes = await publish(messages, TopicMemory(SystemClock()), SlowPool(producers=1, leaderless=[1]))
+
+    assert set(outcomes) == {Published(), Unreachable("no leader of partition 1")}

@@ -35,7 +35,7 @@ class KafkaBroker:
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
         self._config = parse_config(component, app_id)
         self._pool: ProducerPool | None = None
-        self._memory = TopicMemory()
+        self._memory = TopicMemory(clock)
         self._publishing: set[asyncio.Timeout] = set()
         self._nothing_publishing = asyncio.Event()
         self._nothing_publishing.set()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     KafkaError,
@@ -20,11 +20,13 @@ from aiokafka.protocol.metadata import MetadataRequest
 from statecast.components.broker.kafka.answers import ABOUT_MESSAGE, ABOUT_TOPIC, describe
 from statecast.components.broker.kafka.config import KafkaConfig
 from statecast.components.broker.kafka.connecting import explain, text_of
+from statecast.components.broker.kafka.patience import Patience
 from statecast.components.broker.kafka.records import Record
 
 logger = logging.getLogger(__name__)
 
 
+_NOBODY = -1
 _POLL_SECONDS = 0.05
 _CLOSE_SECONDS = 2.0
 
@@ -39,6 +41,10 @@ class TopicRefused(Exception):
 
 class SendFailed(Exception):
     """No answer, or one that says nothing about the message: stored or not, as far as it was sent at all."""
+
+
+class NoLeader(Exception):
+    """Nothing was sent to the partition, for there is nobody to send it to."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,20 +98,30 @@ class Producer:
         except (KafkaError, OSError, TimeoutError) as error:
             raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
-    async def partitions(self, topic: str, patience: float) -> list[int]:
+    async def partitions(self, topic: str, patience: Patience) -> list[int]:
         """Tell the topic's partitions, making it where the server makes topics by use.
 
         Right after such a topic was asked for, the server calls it unknown just like one that will never be; that is
-        believed after `patience` seconds. Raises TopicRefused, SendFailed.
+        believed when the patience is over. Raises TopicRefused, SendFailed.
         """
-        client = self._driver.client
-        deadline = asyncio.get_running_loop().time() + patience
-        while not client.cluster.partitions_for_topic(topic):
+        cluster = self._driver.client.cluster
+        while not cluster.partitions_for_topic(topic):
             try:
-                await self._ask_for(topic, is_last_time=asyncio.get_running_loop().time() >= deadline)
+                await self._ask_for(topic, patience)
             except (KafkaError, OSError, TimeoutError) as error:
                 raise SendFailed(f"no metadata: {text_of(error)}") from error
-        return sorted(client.cluster.partitions_for_topic(topic))
+        patience.found(topic)
+        return sorted(cluster.partitions_for_topic(topic))
+
+    async def find_leader(self, topic: str, partition: int, patience: Patience) -> None:
+        """Wait until the leader of the partition is connected. Raises NoLeader when the patience is over."""
+        where = TopicPartition(topic, partition)
+        while not await self._reaches_leader(where):
+            if patience.is_over(where):
+                raise NoLeader(f"no leader of partition {partition} of {topic} can be reached")
+            await self._driver.client.force_metadata_update()
+            await asyncio.sleep(_POLL_SECONDS)
+        patience.found(where)
 
     def any_partition(self, topic: str) -> int:
         """Choose a partition by chance, of those that have a leader."""
@@ -163,17 +179,26 @@ class Producer:
     def _tasks(self) -> list[asyncio.Task[Any]]:
         return [task for task in (self._driver._sender.sender_task, *self._requests) if task is not None]
 
-    async def _ask_for(self, topic: str, *, is_last_time: bool) -> None:
+    async def _reaches_leader(self, where: TopicPartition) -> bool:
+        client = self._driver.client
+        leader = client.cluster.leader_for_partition(where)
+        return leader not in (None, _NOBODY) and await client.ready(leader)
+
+    async def _ask_for(self, topic: str, patience: Patience) -> None:
         client = self._driver.client
         answer = await client.send(client.get_random_node(), MetadataRequest([topic]))
         code = next((code for code, name, *_ in answer.topics if name == topic), UnknownTopicOrPartitionError.errno)
         error = for_code(code)
         if error is NoError:
             await self._driver.partitions_for(topic)
-        elif error in ABOUT_TOPIC or (error is UnknownTopicOrPartitionError and is_last_time):
+        elif error in ABOUT_TOPIC:
             raise self._refusal(topic, code)
-        else:
+        elif not patience.is_over(topic):
             await asyncio.sleep(_POLL_SECONDS)
+        elif error.retriable and error is not UnknownTopicOrPartitionError:
+            raise SendFailed(f"no metadata: {describe(code)}")
+        else:
+            raise self._refusal(topic, code)
 
     def _refusal(self, topic: str, code: int) -> TopicRefused:
         return TopicRefused(f"{topic}, as {self._user}: {describe(code)}")

@@ -9,7 +9,7 @@ from aiokafka.partitioner import murmur2
 
 from statecast.components.broker.broker import Message, Outcome, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.kafka.pool import ProducerPool
-from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, TopicRefused
+from statecast.components.broker.kafka.producer import MessageRefused, NoLeader, Producer, SendFailed, TopicRefused
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
 from statecast.components.broker.kafka.records import Record, encode, key_of
 from statecast.components.broker.kafka.topics import TopicMemory
@@ -19,9 +19,6 @@ BATCH_BYTES = 1_000_000
 
 # Kafka's Topic.MAX_NAME_LENGTH
 LONGEST_TOPIC_NAME = 249
-
-UNKNOWN_TOPIC_SECONDS = 2.0
-"""How long a topic may be unknown while the server may be making it."""
 
 _HELD_BACK = Unreachable("held back: an earlier message of its key was not published")
 _NOT_SENT = Unreachable("not sent in time")
@@ -86,18 +83,14 @@ class Publication:
         return all(sending.result() for sending in sendings)
 
     async def _send_topic(self, producer: Producer, topic: str) -> bool:
-        now = asyncio.get_running_loop().time()
-        unknown_since = self._memory.unknown_since.setdefault(topic, now)
         try:
-            partitions = await producer.partitions(topic, UNKNOWN_TOPIC_SECONDS + unknown_since - now)
+            partitions = await producer.partitions(topic, self._memory.unknown)
         except TopicRefused as error:
             self._decide(self._unrouted.pop(topic), Refused(str(error), is_about_topic=True))
-            self._memory.forget_some()
             return True
         except SendFailed as error:
             self._decide(self._unrouted.pop(topic), Unreachable(str(error)))
             return False
-        self._memory.unknown_since.pop(topic, None)
         queues = _dealt_out(self._unrouted.pop(topic), topic, producer, partitions)
         if len(queues) == 1:
             return await self._send_queue(producer, queues[0])
@@ -106,6 +99,11 @@ class Publication:
         return all(sending.result() for sending in sendings)
 
     async def _send_queue(self, producer: Producer, queue: PartitionQueue) -> bool:
+        try:
+            await producer.find_leader(queue.topic, queue.partition, self._memory.leaderless)
+        except NoLeader as error:
+            self._decide(queue.drop_all(), Unreachable(str(error)))
+            return False
         while queue:
             batch = queue.take(
                 self._memory.batch_bytes(queue.topic, self._limit),

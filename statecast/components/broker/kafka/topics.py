@@ -1,26 +1,27 @@
 """What a broker learns of its topics in one publish for the next."""
 
-from dataclasses import dataclass, field
+from statecast.clock import Clock
+from statecast.components.broker.kafka.patience import Patience
 
 SMALLEST_BATCH_BYTES = 1024
 
-MOST_UNKNOWN_TOPICS = 1_000
+UNKNOWN_SECONDS = 2.0
+"""How long a topic may be unknown while the server may be making it."""
+
+LEADERLESS_SECONDS = 1.0
+"""How long a publish waits for a partition whose leader is gone."""
 
 _NO_LIMIT = 2**31
 
 
-@dataclass(slots=True)
 class TopicMemory:
-    """The batch size that a topic takes, and since when it has been unknown."""
+    """How large the batches of a topic may be, and what of it was missing."""
 
-    unknown_since: dict[str, float] = field(default_factory=dict)
-    _batch_bytes: dict[str, int] = field(default_factory=dict)
-    _batch_count: dict[tuple[str, int], int] = field(default_factory=dict)
-
-    def forget_some(self) -> None:
-        """Forget what is cheap to learn again, before made-up topic names fill the memory."""
-        if len(self.unknown_since) > MOST_UNKNOWN_TOPICS:
-            self.unknown_since.clear()
+    def __init__(self, clock: Clock) -> None:
+        self.unknown = Patience(UNKNOWN_SECONDS, clock)
+        self.leaderless = Patience(LEADERLESS_SECONDS, clock)
+        self._batch_bytes: dict[str, int] = {}
+        self._batch_count: dict[tuple[str, int], int] = {}
 
     # How large a batch may be
 
