@@ -14,7 +14,7 @@ from statecast.components.broker.kafka.producer import Producer
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
-from statecast.errors import ComponentError
+from statecast.errors import ComponentError, InvalidRequest
 from statecast.runtime.server import PrivateServer, ServerKind
 from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
 from statecast.runtime.server_processes import KAFKA_SETTINGS
@@ -257,6 +257,15 @@ async def test_without_kafka_a_publish_is_unreachable_and_closing_is_quick() -> 
         outcomes = await broker.publish(numbered("t", 3), LONG)
 
     assert [type(outcome) for outcome in outcomes] == [Unreachable] * 3
+
+
+async def test_a_broker_that_is_closed_takes_no_subscription() -> None:
+    async with kafka_broker("127.0.0.1:1") as broker:
+        pass
+
+    with pytest.raises(InvalidRequest, match="is not open"):
+        async with broker.subscribe("t", "group"):
+            pass
 
 
 async def test_leaving_while_a_subscription_waits_for_kafka_ends_it() -> None:

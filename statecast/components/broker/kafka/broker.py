@@ -16,7 +16,8 @@ from statecast.components.broker.kafka.producer import Producer
 from statecast.components.broker.kafka.publication import Publication
 from statecast.components.broker.kafka.subscription import Subscription
 from statecast.components.broker.kafka.topics import TopicMemory
-from statecast.components.manifest import Component
+from statecast.components.manifest import Component, describe
+from statecast.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class KafkaBroker:
 
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
         self._config = parse_config(component, app_id)
+        self._described = describe(component)
         self._pool: ProducerPool | None = None
         self._memory = TopicMemory(clock)
         self._publishing: set[asyncio.Timeout] = set()
@@ -79,14 +81,16 @@ class KafkaBroker:
         """Join the group; the component's `consumerGroup` or `consumerID`, where it is given, goes before `group`.
 
         Entering waits for Kafka as long as it takes, and until the group is assembled and has committed where it
-        starts. While the subscription stands, Kafka may hand its partitions to another member: what is unsettled of
-        them comes again there, and settling it here has no effect any more.
+        starts; raises InvalidRequest when the broker is not open. While the subscription stands, Kafka may hand its
+        partitions to another member: what is unsettled of them comes again there, and settling it here has no effect
+        any more.
         """
+        if self._pool is None:
+            raise InvalidRequest(f"{self._described} is not open")
         subscription = Subscription(self._config, topic, self._config.group or group)
         self._subscriptions.add(subscription)
         try:
-            if self._pool is not None:
-                await subscription.open()
+            await subscription.open()
             yield subscription
         finally:
             await subscription.close()
