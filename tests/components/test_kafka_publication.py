@@ -74,6 +74,8 @@ async def publish(messages: Sequence[Message], memory: TopicMemory, pool: Any) -
     for task in (sending, deadline):
         task.cancel()
     await asyncio.wait([sending, deadline])
+    if not sending.cancelled():
+        sending.result()
     return publication.outcomes()
 
 
@@ -112,7 +114,7 @@ async def test_once_the_poison_is_found_batches_are_large_again() -> None:
 
 
 async def test_what_is_not_sent_while_poison_is_looked_for_is_unreachable() -> None:
-    messages = [Message("t", POISON), *numbered("t", 100)]
+    messages = [Message("t", POISON, "poisoned"), *numbered("t", 100)]
 
     outcomes = await publish(messages, TopicMemory(SystemClock()), SlowPool(producers=2))
 

@@ -55,9 +55,11 @@ class KafkaBroker:
         if pool is None:
             return
         self._hurry()
-        await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
-        await self._nothing_publishing.wait()
-        await pool.close()
+        try:
+            await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
+            await self._nothing_publishing.wait()
+        finally:
+            await pool.close()
 
     async def publish(
         self, messages: Sequence[Message], timeout: timedelta, settlement: Settlement = Settlement.STORED
