@@ -148,6 +148,29 @@ async def test_a_member_that_fails_to_take_its_partitions_over_joins_anew(
     assert "an answer that nobody expected" in caplog.text
 
 
+async def test_a_member_leaves_its_group_even_when_the_closing_of_its_broker_is_cancelled(
+    kafka_bootstrap: str, topic: str
+) -> None:
+    await make_topic(kafka_bootstrap, topic, partitions=2)
+    messages = numbered(topic, 20, keys=20)
+    wanted = {message.body for message in messages}
+    broker = kafka_broker(kafka_bootstrap)
+    await broker.__aenter__()
+
+    async with broker.subscribe(topic, "group"):
+        closing = asyncio.ensure_future(broker.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+    async with kafka_broker(kafka_bootstrap) as other, other.subscribe(topic, "group") as deliveries:
+        await other.publish(messages, LONG)
+        received = await bodies_of(deliveries, wanted)
+
+    assert closing.cancelled()
+    assert received == wanted
+
+
 # The topic is not what it was
 
 

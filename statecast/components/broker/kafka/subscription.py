@@ -92,6 +92,7 @@ class Subscription:
         self._complaints: dict[str, str] = {}
         self._closed = asyncio.Event()
         self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -104,9 +105,15 @@ class Subscription:
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._commit_regularly())]
 
     async def close(self) -> None:
-        """Commit what is acknowledged and leave the group, within seconds whatever Kafka does."""
-        if self._closed.is_set():
-            return
+        """Commit what is acknowledged and leave the group, within seconds whatever Kafka does.
+
+        It goes on when it is cancelled: a member that is left behind would hold its partitions, and read for nobody.
+        """
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._closed.set()
         self._has_changed.set()
         # Nobody stops a consumer while it starts: the driver would go on starting, and never be stopped.
