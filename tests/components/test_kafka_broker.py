@@ -332,7 +332,7 @@ async def test_what_waited_behind_a_request_is_never_sent_once_it_was_given_up(
     config = parse_config(Component(name="pubsub", type="pubsub.kafka", metadata={"brokers": server.address}), "orders")
     producer = Producer(config)
     await producer.start()
-    await producer.partitions(topic, Patience(PATIENCE, SystemClock()))
+    await producer.partitions(topic, Patience(PATIENCE, SystemClock()), at_least=0)
     async with kafka_broker(server.address, initialOffset="oldest") as broker:
         server.freeze()
         sendings = [producer.prepare([encode(0, Message(topic, b"%d" % n))], topic, n) for n in range(2)]

@@ -29,7 +29,7 @@ class PlayedProducer:
     async def start(self) -> None:
         pass
 
-    async def partitions(self, topic: str, patience: Patience) -> list[int]:
+    async def partitions(self, topic: str, patience: Patience, *, at_least: int) -> list[int]:
         return [0]
 
     async def find_leader(self, topic: str, partition: int, patience: Patience) -> None:

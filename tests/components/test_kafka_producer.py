@@ -75,15 +75,20 @@ class PlayedServer:
         pass
 
 
-@asynccontextmanager
-async def started(server: PlayedServer) -> AsyncIterator[Producer]:
+def connected(server: PlayedServer) -> Producer:
     metadata = {"brokers": "h:1", "authType": "none"}
     producer = Producer(parse_config(Component(name="p", type="pubsub.kafka", metadata=metadata), "orders"))
-    driver = producer._driver
-    driver._txn_manager.set_pid_and_epoch(1, 0)
-    driver.client.cluster.update_metadata(server.metadata())
-    driver.client._conns[(NODE, 0)] = server
-    driver.client.bootstrap = _nothing
+    client = producer._driver.client
+    client.cluster.update_metadata(server.metadata())
+    client._conns[(NODE, 0)] = server
+    client.bootstrap = _nothing
+    return producer
+
+
+@asynccontextmanager
+async def started(server: PlayedServer) -> AsyncIterator[Producer]:
+    producer = connected(server)
+    producer._driver._txn_manager.set_pid_and_epoch(1, 0)
     await producer.start()
     await _steps(5)
     try:
@@ -173,10 +178,10 @@ async def test_a_topic_that_cannot_be_had_is_given_up_with_the_reason_when_the_p
     async with started(PlayedServer.hiding(code)) as producer:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await producer.partitions("unknown", patience)
+                await producer.partitions("unknown", patience, at_least=0)
         clock.seconds = 2
         with pytest.raises(kind, match=rf"\({code}\)"):
-            await producer.partitions("unknown", patience)
+            await producer.partitions("unknown", patience, at_least=0)
 
 
 async def test_a_topic_that_nobody_was_asked_for_gets_all_the_patience() -> None:
@@ -184,13 +189,13 @@ async def test_a_topic_that_nobody_was_asked_for_gets_all_the_patience() -> None
     clock = MovedClock()
     patience = Patience(2, clock)
     async with started(PlayedServer()) as silent, started(PlayedServer.hiding(3)) as producer:
-        asking = asyncio.ensure_future(silent.partitions("unknown", patience))
+        asking = asyncio.ensure_future(silent.partitions("unknown", patience, at_least=0))
         await _steps(5)
         asking.cancel()
         clock.seconds = 100
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await producer.partitions("unknown", patience)
+                await producer.partitions("unknown", patience, at_least=0)
 
 
 async def test_a_partition_without_a_leader_is_waited_for_until_the_patience_is_over() -> None:
@@ -217,3 +222,16 @@ async def test_a_partition_that_gets_a_leader_in_time_is_found() -> None:
         await producer.find_leader("t", 1, Patience(1, MovedClock()))
 
     assert learned == []
+
+
+async def test_a_producer_that_knows_fewer_partitions_than_another_asks_anew() -> None:
+    """Else the messages of one key would go to two partitions in turn, by the producer that each publish gets."""
+    server = PlayedServer()
+    patience = Patience(2, MovedClock())
+    async with started(server) as producer:
+        refresh_with(producer, lambda: server.metadata([NODE, NODE]))
+
+        before = await producer.partitions("t", patience, at_least=1)
+        after = await producer.partitions("t", patience, at_least=2)
+
+    assert (before, after) == ([0], [0, 1])

@@ -20,17 +20,17 @@ POISON = b"poison"
 
 
 class PlayedProducer:
-    """Stores what has no poison in it. `batches` has the size of each that was sent."""
+    """Stores what has no poison in it, but for leaderless partitions. It tells the pool what it was given."""
 
-    def __init__(self, batches: list[int], leaderless: Sequence[int]) -> None:
-        self._batches = batches
-        self._leaderless = leaderless
+    def __init__(self, pool: "SlowPool") -> None:
+        self._pool = pool
 
-    async def partitions(self, topic: str, patience: Patience) -> list[int]:
-        return [0, *self._leaderless]
+    async def partitions(self, topic: str, patience: Patience, *, at_least: int) -> list[int]:
+        self._pool.at_least.append(at_least)
+        return [0, *self._pool.leaderless]
 
     async def find_leader(self, topic: str, partition: int, patience: Patience) -> None:
-        if partition in self._leaderless:
+        if partition in self._pool.leaderless:
             raise NoLeader(f"no leader of partition {partition}")
 
     def prepare(self, records: Sequence[Record], topic: str, partition: int) -> Sending:
@@ -38,7 +38,7 @@ class PlayedProducer:
 
     async def send(self, sending: Sending) -> None:
         sending.was_sent = True
-        self._batches.append(len(sending.builder))
+        self._pool.batches.append(len(sending.builder))
         if any(record.value == POISON for record in sending.builder):
             raise MessageRefused("INVALID_RECORD")
 
@@ -47,17 +47,18 @@ class SlowPool:
     """Lends `producers` producers; who waits for one more has waited until the deadline."""
 
     def __init__(self, producers: int, leaderless: Sequence[int] = ()) -> None:
+        self.leaderless = leaderless
         self.batches: list[int] = []
+        self.at_least: list[int] = []
         self.is_empty = asyncio.Event()
         self._left = producers
-        self._leaderless = leaderless
 
     async def borrow(self) -> PlayedProducer:
         if self._left == 0:
             self.is_empty.set()
             await asyncio.Event().wait()
         self._left -= 1
-        return PlayedProducer(self.batches, self._leaderless)
+        return PlayedProducer(self)
 
     def give_back(self, producer: PlayedProducer) -> None:
         self._left += 1
@@ -127,3 +128,13 @@ async def test_a_partition_without_a_leader_holds_up_no_other() -> None:
     outcomes = await publish(messages, TopicMemory(SystemClock()), SlowPool(producers=1, leaderless=[1]))
 
     assert set(outcomes) == {Published(), Unreachable("no leader of partition 1")}
+
+
+async def test_as_many_partitions_as_one_publish_saw_are_expected_of_the_next() -> None:
+    memory = TopicMemory(SystemClock())
+    pool = SlowPool(producers=1)
+
+    for _ in range(2):
+        await publish(numbered("t", 1), memory, pool)
+
+    assert pool.at_least == [0, 1]

@@ -98,20 +98,22 @@ class Producer:
         except (KafkaError, OSError, TimeoutError) as error:
             raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
-    async def partitions(self, topic: str, patience: Patience) -> list[int]:
+    async def partitions(self, topic: str, patience: Patience, *, at_least: int) -> list[int]:
         """Tell the topic's partitions, making it where the server makes topics by use.
 
         Right after such a topic was asked for, the server calls it unknown just like one that will never be; that is
-        believed when the patience is over. Raises TopicRefused, SendFailed.
+        believed when the patience is over. Whoever knows fewer than `at_least`, which another producer has seen, asks
+        anew. Raises TopicRefused, SendFailed.
         """
-        cluster = self._driver.client.cluster
-        while not cluster.partitions_for_topic(topic):
+        if 0 < len(self._known_partitions(topic)) < at_least:
+            await self._driver.client.force_metadata_update()
+        while not self._known_partitions(topic):
             try:
                 await self._ask_for(topic, patience)
             except (KafkaError, OSError, TimeoutError) as error:
                 raise SendFailed(f"no metadata: {text_of(error)}") from error
         patience.found(topic)
-        return sorted(cluster.partitions_for_topic(topic))
+        return self._known_partitions(topic)
 
     async def find_leader(self, topic: str, partition: int, patience: Patience) -> None:
         """Wait until the leader of the partition is connected. Raises NoLeader when the patience is over."""
@@ -178,6 +180,9 @@ class Producer:
 
     def _tasks(self) -> list[asyncio.Task[Any]]:
         return [task for task in (self._driver._sender.sender_task, *self._requests) if task is not None]
+
+    def _known_partitions(self, topic: str) -> list[int]:
+        return sorted(self._driver.client.cluster.partitions_for_topic(topic) or ())
 
     async def _reaches_leader(self, where: TopicPartition) -> bool:
         client = self._driver.client

@@ -84,13 +84,16 @@ class Publication:
 
     async def _send_topic(self, producer: Producer, topic: str) -> bool:
         try:
-            partitions = await producer.partitions(topic, self._memory.unknown)
+            partitions = await producer.partitions(
+                topic, self._memory.unknown, at_least=self._memory.partition_count.get(topic, 0)
+            )
         except TopicRefused as error:
             self._decide(self._unrouted.pop(topic), Refused(str(error), is_about_topic=True))
             return True
         except SendFailed as error:
             self._decide(self._unrouted.pop(topic), Unreachable(str(error)))
             return False
+        self._memory.partition_count[topic] = len(partitions)
         queues = _dealt_out(self._unrouted.pop(topic), topic, producer, partitions)
         if len(queues) == 1:
             return await self._send_queue(producer, queues[0])

@@ -15,11 +15,12 @@ _NO_LIMIT = 2**31
 
 
 class TopicMemory:
-    """How large the batches of a topic may be, and what of it was missing."""
+    """What of the topics was missing, how many partitions each has, and how large its batches may be."""
 
     def __init__(self, clock: Clock) -> None:
         self.unknown = Patience(UNKNOWN_SECONDS, clock)
         self.leaderless = Patience(LEADERLESS_SECONDS, clock)
+        self.partition_count: dict[str, int] = {}
         self._batch_bytes: dict[str, int] = {}
         self._batch_count: dict[tuple[str, int], int] = {}
 
