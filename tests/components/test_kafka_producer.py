@@ -10,6 +10,7 @@ import pytest
 
 from statecast.clock import SystemClock
 from statecast.components.broker.broker import Message
+from statecast.components.broker.kafka import producer as producer_module
 from statecast.components.broker.kafka.config import parse_config
 from statecast.components.broker.kafka.patience import Patience
 from statecast.components.broker.kafka.producer import (
@@ -222,6 +223,19 @@ async def test_a_partition_that_gets_a_leader_in_time_is_found() -> None:
         await producer.find_leader("t", 1, Patience(1, MovedClock()))
 
     assert learned == []
+
+
+async def test_a_producer_that_gets_no_id_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would count as the one that is being opened, and every publish wait for it."""
+    monkeypatch.setattr(producer_module, "START_SECONDS", 0.05)
+    server = PlayedServer()
+    producer = connected(server)
+
+    with pytest.raises(SendFailed, match="no producer id"):
+        await producer.start()
+    await producer.close()
+
+    assert [type(request).__name__ for request in server.requests] == ["InitProducerIdRequest"]
 
 
 async def test_a_producer_that_knows_fewer_partitions_than_another_asks_anew() -> None:

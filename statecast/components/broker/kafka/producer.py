@@ -26,6 +26,9 @@ from statecast.components.broker.kafka.records import Record
 logger = logging.getLogger(__name__)
 
 
+START_SECONDS = 15.0
+"""More than the driver gives one address, so that one which does not answer leaves time for the next."""
+
 _NOBODY = -1
 _POLL_SECONDS = 0.05
 _CLOSE_SECONDS = 2.0
@@ -90,12 +93,15 @@ class Producer:
     async def start(self) -> None:
         """Connect and take a producer id. Raises SendFailed, TopicRefused; the producer is to be closed then too."""
         try:
-            await self._driver.start()
+            async with asyncio.timeout(START_SECONDS):
+                await self._driver.start()
+        except TimeoutError as error:
+            raise SendFailed(f"no connection, or no producer id, in {START_SECONDS:g} s") from error
         except ClusterAuthorizationFailedError as error:
             # KIP-679: who may write any topic gets a producer id.
             reason = "may write no topic, or lacks IdempotentWrite on a cluster older than Kafka 2.8"
             raise TopicRefused(f"{self._user} {reason}: {text_of(error)}") from error
-        except (KafkaError, OSError, TimeoutError) as error:
+        except (KafkaError, OSError) as error:
             raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
     async def partitions(self, topic: str, patience: Patience, *, at_least: int) -> list[int]:
