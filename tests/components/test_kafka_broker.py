@@ -126,10 +126,11 @@ async def test_a_message_over_the_components_limit_is_refused(kafka_bootstrap: s
         ((None, "\ud800", {}), False),
         ((None, "a", {"note": "\udfff"}), False),
         ((None, None, {"partitionKey": "\ud800"}), False),
+        ((None, None, {"partitionNumber": "1"}), False),
     ],
-    ids=["no topic", "long topic", "odd topic", "key", "header", "key in metadata"],
+    ids=["no topic", "long topic", "odd topic", "key", "header", "key in metadata", "partition"],
 )
-async def test_what_cannot_be_written_down_is_refused_alone(
+async def test_what_cannot_be_done_is_refused_alone(
     kafka_bootstrap: str, topic: str, broken: tuple[str | None, str | None, dict[str, str]], is_about_topic: bool
 ) -> None:
     named, key, metadata = broken

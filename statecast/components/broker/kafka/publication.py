@@ -11,7 +11,7 @@ from statecast.components.broker.broker import Message, Outcome, Published, Refu
 from statecast.components.broker.kafka.pool import ProducerPool
 from statecast.components.broker.kafka.producer import MessageRefused, NoLeader, Producer, SendFailed, TopicRefused
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
-from statecast.components.broker.kafka.records import Record, encode, key_of
+from statecast.components.broker.kafka.records import PARTITION_NUMBER, Record, encode, key_of
 from statecast.components.broker.kafka.topics import TopicMemory
 
 BATCH_BYTES = 1_000_000
@@ -172,9 +172,13 @@ class Publication:
 
 
 def _encoded(index: int, message: Message, max_message_bytes: int) -> Record | Refused:
-    """Encode the message, or refuse what the driver cannot write down or the component does not allow."""
+    """Encode the message, or refuse what the driver cannot write down, and what is not allowed or not supported."""
     if not (message.topic.isascii() and 0 < len(message.topic) <= LONGEST_TOPIC_NAME):
         return Refused(f"{message.topic!r} is no name of a topic", is_about_topic=True)
+    if PARTITION_NUMBER in message.metadata:
+        return Refused(
+            f"{PARTITION_NUMBER} is not supported: messages of one key stay in order by going to one partition"
+        )
     try:
         record = encode(index, message)
     except UnicodeEncodeError as error:
