@@ -17,6 +17,7 @@ from statecast.components.broker.broker import Delivery, Message, Published
 from statecast.components.broker.kafka import subscription
 from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.broker.kafka.config import InitialOffset
+from statecast.components.broker.kafka.records import decode
 from statecast.components.broker.kafka.starts import find_starts
 from statecast.components.testing.broker import LONG, numbered
 from statecast.runtime.server import PrivateServer, ServerKind
@@ -146,6 +147,25 @@ async def test_a_member_that_fails_to_take_its_partitions_over_joins_anew(
 
     assert received == [topic, topic]
     assert "an answer that nobody expected" in caplog.text
+
+
+async def test_what_a_member_failed_to_take_in_is_read_again(
+    kafka_bootstrap: str, topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver gives each record once, until the member joins anew."""
+
+    def fail_once(*record: Any) -> Message:
+        monkeypatch.setattr(subscription, "decode", decode)
+        raise ValueError("a record that nobody expected")
+
+    messages = numbered(topic, 10, keys=1)
+    async with kafka_broker(kafka_bootstrap) as broker, broker.subscribe(topic, "group") as deliveries:
+        monkeypatch.setattr(subscription, "decode", fail_once)
+        await broker.publish(messages, LONG)
+        received = await bodies_of(deliveries, {message.body for message in messages})
+
+    assert received == {message.body for message in messages}
+    assert "a record that nobody expected" in caplog.text
 
 
 async def test_a_member_leaves_its_group_even_when_the_closing_of_its_broker_is_cancelled(

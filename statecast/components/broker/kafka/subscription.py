@@ -235,15 +235,13 @@ class Subscription:
             try:
                 await self._read_some()
                 self._complaints.pop(_NOT_READ, None)
-            except KafkaError as error:
+            except Exception as error:
                 self._complain(_NOT_READ, error)
                 # Without a right to the topic one is a member all the same. After anything else, as a right to the
-                # group that was missing for a moment, the driver may be none any more, and say nothing of it.
+                # group that was missing for a moment, the driver may be none any more, and say nothing of it; or it has
+                # given what was not taken in, and would not give it again.
                 if not isinstance(error, TopicAuthorizationFailedError):
                     self._failure = error
-                await asyncio.sleep(_RETRY_SECONDS)
-            except Exception:
-                logger.exception("reading topic %r of Kafka failed, and goes on", self._topic)
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _read_some(self) -> None:
