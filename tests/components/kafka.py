@@ -3,11 +3,14 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from statecast.clock import SystemClock
 from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.manifest import Component
+from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
+from statecast.runtime.server_processes import KAFKA_SETTINGS
 
 
 def kafka_broker(address: str, **metadata: str) -> KafkaBroker:
@@ -30,3 +33,9 @@ async def make_topic(address: str, topic: str, *, partitions: int = 1, **config:
     async with administrator(address) as client:
         settings = {name.replace("_", "."): value for name, value in config.items()}
         await client.create_topics([NewTopic(topic, partitions, 1, topic_configs=settings)])
+
+
+def make_no_topics_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the servers that are started from now on make no topic because somebody asks for it."""
+    monkeypatch.setitem(KAFKA_SETTINGS, "auto.create.topics.enable", "false")
+    monkeypatch.setitem(KAFKA_ENVIRONMENT, "KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")

@@ -16,13 +16,10 @@ from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
 from statecast.errors import ComponentError, InvalidRequest
 from statecast.runtime.server import PrivateServer, ServerKind
-from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
-from statecast.runtime.server_processes import KAFKA_SETTINGS
-from tests.components.kafka import kafka_broker, make_topic
+from tests.components.kafka import kafka_broker, make_no_topics_by_use, make_topic
 
 PATIENCE = 30.0
 SHORT = timedelta(seconds=1)
-AUTO_CREATE_VARIABLE = "KAFKA_AUTO_CREATE_TOPICS_ENABLE"
 
 
 @pytest.fixture
@@ -81,8 +78,7 @@ async def test_a_topic_that_the_server_does_not_make_is_refused_once_it_is_sure(
     private_server: Callable[[ServerKind], PrivateServer], monkeypatch: pytest.MonkeyPatch, topic: str
 ) -> None:
     """A topic that is being made is unknown at first, too: a hasty publish is only told that it was not sent."""
-    for settings, name in ((KAFKA_SETTINGS, "auto.create.topics.enable"), (KAFKA_ENVIRONMENT, AUTO_CREATE_VARIABLE)):
-        monkeypatch.setitem(settings, name, "false")
+    make_no_topics_by_use(monkeypatch)
     server = private_server(ServerKind.KAFKA)
     await make_topic(server.address, f"{topic}-known")
     messages = [Message(topic, b"1", "a"), Message(f"{topic}-known", b"2", "a"), Message(topic, b"3", "b")]

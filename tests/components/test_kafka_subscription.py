@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -15,13 +16,13 @@ from aiokafka.structs import OffsetAndMetadata
 
 from statecast.components.broker.broker import Delivery, Message, Published
 from statecast.components.broker.kafka import subscription
-from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.broker.kafka.config import InitialOffset
 from statecast.components.broker.kafka.records import decode
 from statecast.components.broker.kafka.starts import find_starts
+from statecast.components.testing import deadline
 from statecast.components.testing.broker import LONG, numbered
 from statecast.runtime.server import PrivateServer, ServerKind
-from tests.components.kafka import administrator, kafka_broker, make_topic
+from tests.components.kafka import administrator, kafka_broker, make_no_topics_by_use, make_topic
 
 PATIENCE = 30.0
 OLDEST, NEWEST = 10, 200
@@ -74,12 +75,6 @@ async def bodies_of(deliveries: AsyncIterator[Delivery], wanted: set[bytes]) -> 
     return wanted - missing
 
 
-async def until_published(broker: KafkaBroker, message: Message) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while await broker.publish([message], LONG) != [Published()]:
-            pass
-
-
 async def commit_as(address: str, group: str, offsets: dict[TopicPartition, int]) -> None:
     consumer = AIOKafkaConsumer(bootstrap_servers=address, group_id=group, enable_auto_commit=False)
     async with consumer:
@@ -88,7 +83,7 @@ async def commit_as(address: str, group: str, offsets: dict[TopicPartition, int]
 
 
 def be_slow_to_tell_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tell a member what its group has committed only once the driver has read ahead for it, or for a second."""
+    """Tell a member what its group has committed once the driver has read ahead for it; or after a second."""
     has_read = asyncio.Event()
     give, tell = Fetcher.fetched_records, GroupCoordinator.fetch_committed_offsets
 
@@ -99,7 +94,9 @@ def be_slow_to_tell_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
         return records
 
     async def tell_late(coordinator: Any, partitions: Any) -> Any:
-        await asyncio.wait([asyncio.ensure_future(has_read.wait())], timeout=1)
+        has_read.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(has_read.wait(), 1)
         return await tell(coordinator, partitions)
 
     monkeypatch.setattr(Fetcher, "fetched_records", give_and_note)
@@ -259,19 +256,27 @@ async def test_a_group_that_is_ahead_of_the_log_goes_back_and_says_so(
 async def test_a_member_goes_on_with_a_topic_that_is_made_anew(
     private_server: Callable[[ServerKind], PrivateServer], topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver asks every five minutes for what there is."""
-    monkeypatch.setattr(subscription, "AIOKafkaConsumer", partial(AIOKafkaConsumer, metadata_max_age_ms=500))
+    """The server forgets what the group has committed, and the driver asks late for what there is: it is behind."""
+
+    async def has_no_partitions() -> bool:
+        return not deliveries._partitions  # type: ignore[attr-defined]  # what the group dealt out shows nowhere else
+
+    make_no_topics_by_use(monkeypatch)
+    monkeypatch.setattr(subscription, "AIOKafkaConsumer", partial(AIOKafkaConsumer, metadata_max_age_ms=3_000))
     server = private_server(ServerKind.KAFKA)
     await make_topic(server.address, topic)
+    messages = numbered(topic, 5)
     async with kafka_broker(server.address) as broker, broker.subscribe(topic, "group") as deliveries:
-        await broker.publish([Message(topic, b"old %d" % n) for n in range(20)], LONG)
-        await bodies_of(deliveries, {b"old 19"})
+        await broker.publish([Message(topic, b"old")], LONG)
+        await bodies_of(deliveries, {b"old"})
 
         async with administrator(server.address) as client:
             await client.delete_topics([topic])
+        await deadline.until(has_no_partitions)
+        await make_topic(server.address, topic)
         async with kafka_broker(server.address) as other:
-            await until_published(other, Message(topic, b"new 0"))
-            await other.publish([Message(topic, b"new %d" % n) for n in range(1, 5)], LONG)
-        received = await bodies_of(deliveries, {b"new %d" % n for n in range(5)})
+            outcomes = await other.publish(messages, LONG)
+        received = await bodies_of(deliveries, {message.body for message in messages})
 
-    assert received == {b"new %d" % n for n in range(5)}
+    assert outcomes == [Published()] * 5
+    assert received == {message.body for message in messages}
