@@ -1,51 +1,27 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from statecast.clock import SystemClock
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.broker.kafka.config import parse_config
+from statecast.components.broker.kafka.patience import Patience
 from statecast.components.broker.kafka.producer import Producer
 from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
 from statecast.components.testing.deadline import until
+from statecast.errors import InvalidRequest
 from statecast.runtime.server import PrivateServer, ServerKind
-from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
-from statecast.runtime.server_processes import KAFKA_SETTINGS
+from tests.components.kafka import kafka_broker, make_no_topics_by_use, make_topic
 
 PATIENCE = 30.0
 SHORT = timedelta(seconds=1)
-AUTO_CREATE_VARIABLE = "KAFKA_AUTO_CREATE_TOPICS_ENABLE"
-
-
-def kafka_broker(address: str, **metadata: str) -> KafkaBroker:
-    fields = {"brokers": address, "authType": "none", "heartbeatInterval": "300ms", **metadata}
-    component = Component(name="pubsub", type="pubsub.kafka", metadata=fields)
-    return KafkaBroker(component, app_id="orders", clock=SystemClock())
-
-
-@asynccontextmanager
-async def administrator(address: str) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(bootstrap_servers=address)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-async def make_topic(address: str, topic: str, *, partitions: int = 1, **config: str) -> None:
-    async with administrator(address) as client:
-        settings = {name.replace("_", "."): value for name, value in config.items()}
-        await client.create_topics([NewTopic(topic, partitions, 1, topic_configs=settings)])
 
 
 @pytest.fixture
@@ -104,8 +80,7 @@ async def test_a_topic_that_the_server_does_not_make_is_refused_once_it_is_sure(
     private_server: Callable[[ServerKind], PrivateServer], monkeypatch: pytest.MonkeyPatch, topic: str
 ) -> None:
     """A topic that is being made is unknown at first, too: a hasty publish is only told that it was not sent."""
-    for settings, name in ((KAFKA_SETTINGS, "auto.create.topics.enable"), (KAFKA_ENVIRONMENT, AUTO_CREATE_VARIABLE)):
-        monkeypatch.setitem(settings, name, "false")
+    make_no_topics_by_use(monkeypatch)
     server = private_server(ServerKind.KAFKA)
     await make_topic(server.address, f"{topic}-known")
     messages = [Message(topic, b"1", "a"), Message(f"{topic}-known", b"2", "a"), Message(topic, b"3", "b")]
@@ -149,10 +124,11 @@ async def test_a_message_over_the_components_limit_is_refused(kafka_bootstrap: s
         ((None, "\ud800", {}), False),
         ((None, "a", {"note": "\udfff"}), False),
         ((None, None, {"partitionKey": "\ud800"}), False),
+        ((None, None, {"partitionNumber": "1"}), False),
     ],
-    ids=["no topic", "long topic", "odd topic", "key", "header", "key in metadata"],
+    ids=["no topic", "long topic", "odd topic", "key", "header", "key in metadata", "partition"],
 )
-async def test_what_cannot_be_written_down_is_refused_alone(
+async def test_what_cannot_be_done_is_refused_alone(
     kafka_bootstrap: str, topic: str, broken: tuple[str | None, str | None, dict[str, str]], is_about_topic: bool
 ) -> None:
     named, key, metadata = broken
@@ -282,6 +258,15 @@ async def test_without_kafka_a_publish_is_unreachable_and_closing_is_quick() -> 
     assert [type(outcome) for outcome in outcomes] == [Unreachable] * 3
 
 
+async def test_a_broker_that_is_closed_takes_no_subscription() -> None:
+    async with kafka_broker("127.0.0.1:1") as broker:
+        pass
+
+    with pytest.raises(InvalidRequest, match="is not open"):
+        async with broker.subscribe("t", "group"):
+            pass
+
+
 async def test_leaving_while_a_subscription_waits_for_kafka_ends_it() -> None:
     async def subscribe(broker: KafkaBroker) -> list[object]:
         async with broker.subscribe("t", "group") as deliveries:
@@ -346,7 +331,7 @@ async def test_what_waited_behind_a_request_is_never_sent_once_it_was_given_up(
     config = parse_config(Component(name="pubsub", type="pubsub.kafka", metadata={"brokers": server.address}), "orders")
     producer = Producer(config)
     await producer.start()
-    await producer.partitions(topic, PATIENCE)
+    await producer.partitions(topic, Patience(PATIENCE, SystemClock()), at_least=0)
     async with kafka_broker(server.address, initialOffset="oldest") as broker:
         server.freeze()
         sendings = [producer.prepare([encode(0, Message(topic, b"%d" % n))], topic, n) for n in range(2)]

@@ -13,9 +13,11 @@ from statecast.components.broker.broker import Delivery, Message, Outcome, Settl
 from statecast.components.broker.kafka.config import parse_config
 from statecast.components.broker.kafka.pool import ProducerPool
 from statecast.components.broker.kafka.producer import Producer
-from statecast.components.broker.kafka.publication import Publication, TopicMemory
+from statecast.components.broker.kafka.publication import Publication
 from statecast.components.broker.kafka.subscription import Subscription
-from statecast.components.manifest import Component
+from statecast.components.broker.kafka.topics import TopicMemory
+from statecast.components.manifest import Component, describe
+from statecast.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,9 @@ class KafkaBroker:
 
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
         self._config = parse_config(component, app_id)
+        self._described = describe(component)
         self._pool: ProducerPool | None = None
-        self._memory = TopicMemory()
+        self._memory = TopicMemory(clock)
         self._publishing: set[asyncio.Timeout] = set()
         self._nothing_publishing = asyncio.Event()
         self._nothing_publishing.set()
@@ -52,9 +55,11 @@ class KafkaBroker:
         if pool is None:
             return
         self._hurry()
-        await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
-        await self._nothing_publishing.wait()
-        await pool.close()
+        try:
+            await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
+            await self._nothing_publishing.wait()
+        finally:
+            await pool.close()
 
     async def publish(
         self, messages: Sequence[Message], timeout: timedelta, settlement: Settlement = Settlement.STORED
@@ -78,14 +83,16 @@ class KafkaBroker:
         """Join the group; the component's `consumerGroup` or `consumerID`, where it is given, goes before `group`.
 
         Entering waits for Kafka as long as it takes, and until the group is assembled and has committed where it
-        starts. While the subscription stands, Kafka may hand its partitions to another member: what is unsettled of
-        them comes again there, and settling it here has no effect any more.
+        starts; raises InvalidRequest when the broker is not open. While the subscription stands, Kafka may hand its
+        partitions to another member: what is unsettled of them comes again there, and settling it here has no effect
+        any more.
         """
+        if self._pool is None:
+            raise InvalidRequest(f"{self._described} is not open")
         subscription = Subscription(self._config, topic, self._config.group or group)
         self._subscriptions.add(subscription)
         try:
-            if self._pool is not None:
-                await subscription.open()
+            await subscription.open()
             yield subscription
         finally:
             await subscription.close()

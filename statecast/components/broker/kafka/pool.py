@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 8
 
+_CLOSED = "the broker is closed"
+
 
 class ProducerPool:
     """Opens producers when they are wanted, `LIMIT` at most; a publish beyond that waits for its turn.
@@ -22,12 +24,15 @@ class ProducerPool:
         self._make_producer = make_producer
         self._idle: list[Producer] = []
         self._lent = 0
+        self._is_closed = False
         self._openings: set[asyncio.Task[None]] = set()
         self._closings: set[asyncio.Task[None]] = set()
         self._waiters: deque[asyncio.Future[Producer]] = deque()
 
     async def borrow(self) -> Producer:
         """Wait for a producer. Raises SendFailed or TopicRefused when one cannot be opened."""
+        if self._is_closed:
+            raise SendFailed(_CLOSED)
         if not self._idle:
             return await self._wait_for_one()
         self._lent += 1
@@ -49,13 +54,14 @@ class ProducerPool:
         self._open()
 
     async def close(self) -> None:
-        """Close what is idle or being opened; what is lent has to come back before."""
+        """Close what is idle or being opened, and what is lent when it comes back. Goes on when it is cancelled."""
+        self._is_closed = True
         for opening in self._openings:
             opening.cancel()
-        self._fail_waiters(SendFailed("the broker is closed"))
-        while self._idle or self._openings or self._closings:
-            while self._idle:
-                self._close(self._idle.pop())
+        self._fail_waiters(SendFailed(_CLOSED))
+        while self._idle:
+            self._close(self._idle.pop())
+        while self._openings or self._closings:
             await asyncio.wait(self._openings | self._closings)
 
     async def _wait_for_one(self) -> Producer:
@@ -104,7 +110,10 @@ class ProducerPool:
                 self._lent += 1
                 waiter.set_result(producer)
                 return
-        self._idle.append(producer)
+        if self._is_closed:
+            self._close(producer)
+        else:
+            self._idle.append(producer)
 
     def _fail_waiters(self, error: SendFailed | TopicRefused) -> None:
         while self._waiters:

@@ -3,45 +3,25 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 from aiokafka.partitioner import murmur2
 
 from statecast.components.broker.broker import Message, Outcome, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.kafka.pool import ProducerPool
-from statecast.components.broker.kafka.producer import MessageRefused, Producer, SendFailed, TopicRefused
+from statecast.components.broker.kafka.producer import MessageRefused, NoLeader, Producer, SendFailed, TopicRefused
 from statecast.components.broker.kafka.queue import Batch, PartitionQueue
-from statecast.components.broker.kafka.records import Record, encode, key_of
+from statecast.components.broker.kafka.records import PARTITION_NUMBER, Record, encode, key_of
+from statecast.components.broker.kafka.topics import TopicMemory
 
 BATCH_BYTES = 1_000_000
 """A little less than the 1,048,588 bytes that a topic takes unless it says otherwise."""
 
-SMALLEST_BATCH_BYTES = 1024
-
 # Kafka's Topic.MAX_NAME_LENGTH
 LONGEST_TOPIC_NAME = 249
 
-UNKNOWN_TOPIC_SECONDS = 2.0
-"""How long a topic may be unknown while the server may be making it."""
-
-MOST_UNKNOWN_TOPICS = 1_000
-
 _HELD_BACK = Unreachable("held back: an earlier message of its key was not published")
 _NOT_SENT = Unreachable("not sent in time")
-
-
-@dataclass(slots=True)
-class TopicMemory:
-    """What earlier calls learned: the batch size that a topic takes, and since when it has been unknown."""
-
-    batch_bytes: dict[str, int] = field(default_factory=dict)
-    unknown_since: dict[str, float] = field(default_factory=dict)
-
-    def forget_some(self) -> None:
-        """Forget what is cheap to learn again, before made-up topic names fill the memory."""
-        if len(self.unknown_since) > MOST_UNKNOWN_TOPICS:
-            self.unknown_since.clear()
 
 
 class Publication:
@@ -103,18 +83,17 @@ class Publication:
         return all(sending.result() for sending in sendings)
 
     async def _send_topic(self, producer: Producer, topic: str) -> bool:
-        now = asyncio.get_running_loop().time()
-        unknown_since = self._memory.unknown_since.setdefault(topic, now)
         try:
-            partitions = await producer.partitions(topic, UNKNOWN_TOPIC_SECONDS + unknown_since - now)
+            partitions = await producer.partitions(
+                topic, self._memory.unknown, at_least=self._memory.partition_count.get(topic, 0)
+            )
         except TopicRefused as error:
             self._decide(self._unrouted.pop(topic), Refused(str(error), is_about_topic=True))
-            self._memory.forget_some()
             return True
         except SendFailed as error:
             self._decide(self._unrouted.pop(topic), Unreachable(str(error)))
             return False
-        self._memory.unknown_since.pop(topic, None)
+        self._memory.partition_count[topic] = len(partitions)
         queues = _dealt_out(self._unrouted.pop(topic), topic, producer, partitions)
         if len(queues) == 1:
             return await self._send_queue(producer, queues[0])
@@ -123,8 +102,16 @@ class Publication:
         return all(sending.result() for sending in sendings)
 
     async def _send_queue(self, producer: Producer, queue: PartitionQueue) -> bool:
+        try:
+            await producer.find_leader(queue.topic, queue.partition, self._memory.leaderless)
+        except NoLeader as error:
+            self._decide(queue.drop_all(), Unreachable(str(error)))
+            return False
         while queue:
-            batch = queue.take(self._memory.batch_bytes.get(queue.topic, self._limit))
+            batch = queue.take(
+                self._memory.batch_bytes(queue.topic, self._limit),
+                limit_count=self._memory.batch_count(queue.topic, queue.partition),
+            )
             if not await self._send_batch(producer, queue, batch):
                 if queue:
                     self._queues.append(queue)
@@ -146,18 +133,21 @@ class Publication:
             self._hold_back(queue, batch)
         except asyncio.CancelledError:
             if sending.was_sent:
-                self._decide(batch, Unknown("sent, and not acknowledged in time"))
+                self._decide(batch, Unknown(f"sent, and not acknowledged in time: {sending.answer or 'no answer'}"))
             raise
         else:
             self._decide(batch, Published())
+            self._memory.trust_more(queue.topic, queue.partition)
             return True
         return False
 
     def _refuse(self, queue: PartitionQueue, batch: Batch, reason: str) -> None:
         if len(batch) > 1:
             queue.split(batch)
+            self._memory.suspect(queue.topic, queue.partition, len(batch))
             return
         queue.has_culprit = True
+        self._memory.trust_again(queue.topic, queue.partition)
         self._decide(batch, Refused(reason))
         self._hold_back(queue, batch)
 
@@ -165,10 +155,9 @@ class Publication:
         self._decide(queue.drop_keys(record.key for record in batch), _HELD_BACK)
 
     def _learn(self, queue: PartitionQueue) -> None:
-        """Batches that were refused although no message of theirs was: send smaller ones to this topic from now on."""
+        self._memory.trust_again(queue.topic, queue.partition)
         if queue.was_split and not queue.has_culprit:
-            limit = self._memory.batch_bytes.get(queue.topic, self._limit)
-            self._memory.batch_bytes[queue.topic] = max(limit // 2, SMALLEST_BATCH_BYTES)
+            self._memory.halve_bytes(queue.topic, self._limit)
 
     def _give_up(self, outcome: Outcome) -> None:
         for topic in list(self._unrouted):
@@ -183,9 +172,13 @@ class Publication:
 
 
 def _encoded(index: int, message: Message, max_message_bytes: int) -> Record | Refused:
-    """Encode the message, or refuse what the driver cannot write down or the component does not allow."""
+    """Encode the message, or refuse what the driver cannot write down, and what is not allowed or not supported."""
     if not (message.topic.isascii() and 0 < len(message.topic) <= LONGEST_TOPIC_NAME):
         return Refused(f"{message.topic!r} is no name of a topic", is_about_topic=True)
+    if PARTITION_NUMBER in message.metadata:
+        return Refused(
+            f"{PARTITION_NUMBER} is not supported: messages of one key stay in order by going to one partition"
+        )
     try:
         record = encode(index, message)
     except UnicodeEncodeError as error:

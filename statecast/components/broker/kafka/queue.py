@@ -26,13 +26,13 @@ class PartitionQueue:
     def __bool__(self) -> bool:
         return bool(self._suspects or self._rest)
 
-    def take(self, limit_bytes: int) -> Batch:
-        """Take the next batch: one at least, and as many as fit in `limit_bytes`."""
+    def take(self, limit_bytes: int, *, limit_count: int) -> Batch:
+        """Take the next batch: one at least, as many as fit in `limit_bytes`, and no more than `limit_count`."""
         if self._suspects:
             return self._suspects.popleft()
         batch = [self._rest.popleft()]
         size = batch[0].size
-        while self._rest and (size := size + self._rest[0].size) <= limit_bytes:
+        while self._rest and len(batch) < limit_count and (size := size + self._rest[0].size) <= limit_bytes:
             batch.append(self._rest.popleft())
         return tuple(batch)
 

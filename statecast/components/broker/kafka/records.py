@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statecast.components.broker.broker import Message
 
 PARTITION_KEY_NAMES = ("partitionKey", "__key")
+PARTITION_NUMBER = "partitionNumber"
 _POSITION_NAMES = ("__topic", "__partition", "__offset", "__timestamp")
 
 # Metadata that says where a record is or goes, and stands in the record itself: as a header it would come back twice.

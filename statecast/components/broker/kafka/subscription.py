@@ -3,18 +3,20 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
+from aiokafka.structs import OffsetAndMetadata
 
 from statecast.components.broker.broker import Delivery, Message
-from statecast.components.broker.kafka.config import KafkaConfig
+from statecast.components.broker.kafka.config import InitialOffset, KafkaConfig
 from statecast.components.broker.kafka.connecting import explain, text_of
 from statecast.components.broker.kafka.producer import cut_off
 from statecast.components.broker.kafka.records import decode
+from statecast.components.broker.kafka.starts import find_starts
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,13 @@ _LEAVE_SECONDS = 2.0
 _RETRY_SECONDS = 0.2
 _STAND_SECONDS = 10.0
 
+_NEVER = -1
+
+_EXPECTED = (KafkaError, OSError)
+
 _NOT_JOINED = "no subscription to topic %r of Kafka yet: %s"
 _NOT_READ = "topic %r of Kafka is not read, trying again: %s"
+_WENT_BACK = "partition %d of topic %r of Kafka ends before offset %d, where it was read; going on at offset %d"
 _NOT_COMMITTED = "what is settled of topic %r of Kafka is not committed yet: %s"
 
 
@@ -35,10 +42,12 @@ _NOT_COMMITTED = "what is settled of topic %r of Kafka is not committed yet: %s"
 class _Partition:
     """What this member knows of a partition that it was assigned.
 
-    `position` is the next offset to take in, `unsettled` the offsets taken in and not acknowledged, in order.
+    `birth` is the metadata of each of its commits, `position` the next offset to take in, `unsettled` the offsets
+    taken in and not acknowledged, in order.
     """
 
     where: TopicPartition
+    birth: str
     committed: int
     position: int
     unsettled: dict[int, None] = field(default_factory=dict)
@@ -68,6 +77,7 @@ class Subscription:
         self._config = config
         self._topic = topic
         self._group = group
+        self._initial_offset = config.initial_offset
         self._consumer: Any = None
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._waiting: deque[_Waiting] = deque()
@@ -82,6 +92,7 @@ class Subscription:
         self._complaints: dict[str, str] = {}
         self._closed = asyncio.Event()
         self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -94,9 +105,15 @@ class Subscription:
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._commit_regularly())]
 
     async def close(self) -> None:
-        """Commit what is acknowledged and leave the group, within seconds whatever Kafka does."""
-        if self._closed.is_set():
-            return
+        """Commit what is acknowledged and leave the group, within seconds whatever Kafka does.
+
+        It goes on when it is cancelled: a member that is left behind would hold its partitions, and read for nobody.
+        """
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._closed.set()
         self._has_changed.set()
         # Nobody stops a consumer while it starts: the driver would go on starting, and never be stopped.
@@ -136,41 +153,36 @@ class Subscription:
     async def give_up(self) -> None:
         """Rest: the partitions are going to be dealt out anew."""
         self._stands.clear()
-        await self._commit()
         self._resting.extend(self._waiting)
         self._waiting.clear()
         self._update_room()
+        await self._commit()
 
     async def take_over(self, assigned: Iterable[TopicPartition]) -> None:
         """Go on with the partitions that came back, begin with the new ones, forget the others."""
-        before, self._partitions = self._partitions, {}
         try:
             async with asyncio.timeout(_STAND_SECONDS):
-                for where in assigned:
-                    self._partitions[where] = await self._position(where, before.get(where))
-        except (KafkaError, TimeoutError) as error:
+                self._stand(await find_starts(self._consumer, set(assigned), self._initial_offset))
+        except Exception as error:
             # The driver would only log it. Without positions there is no member: a new one shall take its place.
             self._failure = error
-            self._is_assembled.set()
-            return
+        self._is_assembled.set()
+
+    def _stand(self, starts: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
+        before = self._partitions
+        self._partitions = {where: _continued(where, before.get(where), start) for where, start in starts.items()}
         for where, partition in before.items():
             partition.is_ours = self._partitions.get(where) is partition
+        for where, partition in self._partitions.items():
+            # The driver has read since the moment of the assignment. What it gave was left, and is read again.
+            self._consumer.seek(where, partition.position)
         self._waiting.extend(waiting for waiting in self._resting if waiting.partition.is_ours)
         self._resting.clear()
+        # A partition that is without an offset later was added, or the topic was made anew, while this member stood.
+        self._initial_offset = InitialOffset.OLDEST
         self._stands.set()
-        self._is_assembled.set()
         self._has_changed.set()
         self._update_room()
-
-    async def _position(self, where: TopicPartition, before: _Partition | None) -> _Partition:
-        committed = await self._consumer.committed(where)
-        if committed is not None and before is not None and before.committed == committed:
-            return before
-        if committed is None:
-            # Fixed now: a member that takes the partition over later must not begin at what is then the newest.
-            committed = await self._consumer.position(where)
-            await self._consumer.commit({where: committed})
-        return _Partition(where, committed, committed)
 
     # Reading and committing
 
@@ -183,13 +195,13 @@ class Subscription:
                     await self._is_assembled.wait()
                 if self._failure is not None:
                     raise self._failure
-            except (KafkaError, OSError, TimeoutError) as error:
-                await _stop(consumer)
-                self._complain(_NOT_JOINED, await explain(error, self._config))
-                await asyncio.sleep(_RETRY_SECONDS)
             except asyncio.CancelledError:
                 await _stop(consumer)
                 raise
+            except Exception as error:
+                await _stop(consumer)
+                self._complain(_NOT_JOINED, error, await explain(error, self._config))
+                await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self._complaints.pop(_NOT_JOINED, None)
                 return
@@ -205,7 +217,8 @@ class Subscription:
         self._consumer = AIOKafkaConsumer(
             **config.connection_options(),
             group_id=self._group,
-            auto_offset_reset=config.initial_offset.value,
+            # Only for an offset that is not there any more: where a group begins is found when it is assembled.
+            auto_offset_reset=InitialOffset.OLDEST.value,
             enable_auto_commit=False,
             session_timeout_ms=int(config.session_timeout.total_seconds() * 1000),
             heartbeat_interval_ms=int(config.heartbeat_interval.total_seconds() * 1000),
@@ -222,21 +235,19 @@ class Subscription:
             try:
                 await self._read_some()
                 self._complaints.pop(_NOT_READ, None)
-            except KafkaError as error:
-                self._complain(_NOT_READ, text_of(error, self._config))
+            except Exception as error:
+                self._complain(_NOT_READ, error)
                 # Without a right to the topic one is a member all the same. After anything else, as a right to the
-                # group that was missing for a moment, the driver may be none any more, and say nothing of it.
+                # group that was missing for a moment, the driver may be none any more, and say nothing of it; or it has
+                # given what was not taken in, and would not give it again.
                 if not isinstance(error, TopicAuthorizationFailedError):
                     self._failure = error
-                await asyncio.sleep(_RETRY_SECONDS)
-            except Exception:
-                logger.exception("reading topic %r of Kafka failed, and goes on", self._topic)
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _read_some(self) -> None:
         await self._has_room.wait()
         if self._failure is not None:
-            self._complain(_NOT_READ, text_of(self._failure, self._config))
+            self._complain(_NOT_READ, self._failure)
             await self._start_anew()
         fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
         for where, records in fetched.items():
@@ -249,25 +260,35 @@ class Subscription:
         await _stop(self._consumer)
         await self._join()
 
-    def _take_in(self, where: TopicPartition, records: Iterable[Any]) -> None:
-        partition = self._partitions.get(where)
-        if partition is None:
+    def _take_in(self, where: TopicPartition, records: Sequence[Any]) -> None:
+        if not self._stands.is_set():
             return
+        partition = self._partitions[where]
+        if records[0].offset < partition.position:
+            partition = self._go_back(partition, records[0].offset)
         for record in records:
-            # After the group was reassembled, the driver reads again from the committed offset.
-            if record.offset < partition.position:
-                continue
             partition.position = record.offset + 1
             partition.unsettled[record.offset] = None
             message = decode(
                 *(record.topic, record.partition, record.offset, record.timestamp),
                 *(record.key, record.value, record.headers),
             )
-            (self._waiting if self._stands.is_set() else self._resting).append(
-                _Waiting(partition, record.offset, message, 1)
-            )
+            self._waiting.append(_Waiting(partition, record.offset, message, 1))
         self._update_room()
         self._has_changed.set()
+
+    def _go_back(self, before: _Partition, offset: int) -> _Partition:
+        """Begin the partition anew: its log was cut off before our position, or the topic was made anew.
+
+        What was taken in of it before is handed out all the same, but nobody can settle it any more. The new position
+        is committed without waiting for a delivery: once the log has grown past the old one, nobody sees it is wrong.
+        """
+        logger.warning(_WENT_BACK, before.where.partition, self._topic, before.position, offset)
+        before.is_ours = False
+        partition = _Partition(before.where, before.birth, committed=_NEVER, position=offset)
+        self._partitions[before.where] = partition
+        self._is_dirty.set()
+        return partition
 
     def _hand_out(self, waiting: _Waiting) -> Delivery:
         self._update_room()
@@ -286,25 +307,26 @@ class Subscription:
     async def _commit(self) -> None:
         self._is_dirty.clear()
         moved = [partition for partition in self._partitions.values() if partition.committable != partition.committed]
-        offsets = {partition.where: partition.committable for partition in moved}
+        offsets = {partition.where: OffsetAndMetadata(partition.committable, partition.birth) for partition in moved}
         if not offsets:
             return
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._consumer.commit(offsets)
-        except (KafkaError, TimeoutError) as error:
-            self._complain(_NOT_COMMITTED, text_of(error, self._config))
+        except Exception as error:
+            self._complain(_NOT_COMMITTED, error)
             self._is_dirty.set()
             return
         self._complaints.pop(_NOT_COMMITTED, None)
         for partition in moved:
-            partition.committed = offsets[partition.where]
+            partition.committed = offsets[partition.where].offset
 
-    def _complain(self, message: str, reason: str) -> None:
+    def _complain(self, message: str, error: Exception, reason: str | None = None) -> None:
         """Log what fails when it begins to, and when the reason changes: a right that is missing may be so for days."""
+        reason = text_of(error, self._config) if reason is None else reason
         if self._complaints.get(message) != reason:
             self._complaints[message] = reason
-            logger.warning(message, self._topic, reason)
+            logger.warning(message, self._topic, reason, exc_info=None if isinstance(error, _EXPECTED) else error)
 
     async def _leave(self, consumer: Any) -> None:
         if self._stands.is_set():
@@ -322,6 +344,13 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the driver 
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         await self._subscription.take_over(assigned)
+
+
+def _continued(where: TopicPartition, before: _Partition | None, start: OffsetAndMetadata) -> _Partition:
+    """Keep what this member knew of the partition, unless another one has committed meanwhile."""
+    if before is not None and before.committed == start.offset:
+        return before
+    return _Partition(where, start.metadata, committed=start.offset, position=start.offset)
 
 
 class _KafkaDelivery:
