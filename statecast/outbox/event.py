@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 PARTITION_KEY = "partitionKey"
 
 _PREFIX = "cloudevent."
+_NEVER_LEAVE = (_PREFIX, "outbox.")
 _FIXED = frozenset({"data", "data_base64", "specversion", "topic", "pubsubname"})
 # CloudEvents 1.0 §3.1: these may not be empty, so empty is not given.
 _NEVER_EMPTY = frozenset({"id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "traceparent"})
@@ -105,7 +106,7 @@ def render(
     if metadata and is_raw(metadata):
         body = plain_bytes(data) if data else b""
     else:
-        trace = overrides.get("traceparent") or source.trace.traceparent
+        trace = overrides.get("traceparent") or overrides.get("traceid") or source.trace.traceparent
         attributes = {
             "specversion": "1.0",
             "id": event_id,
@@ -123,7 +124,7 @@ def render(
             attributes["subject"] = subject
         if overrides:
             _require_time(overrides.get("time"))
-            attributes |= overrides
+            attributes |= overrides | {"traceid": trace, "traceparent": trace}
         try:
             body = envelope(attributes, data)
         except TypeError as error:
@@ -148,6 +149,13 @@ def overridden_attributes(metadata: Mapping[str, str]) -> dict[str, str]:
     return bare | prefixed
 
 
+def content_type_in(metadata: Mapping[str, str]) -> str | None:
+    """Tell the content type that metadata names: `contentType`, else an override of `datacontenttype`."""
+    if not metadata:
+        return None
+    return metadata.get("contentType") or overridden_attributes(metadata).get("datacontenttype")
+
+
 def is_raw(metadata: Mapping[str, str]) -> bool:
     text = metadata.get("rawPayload")
     if text is None:
@@ -170,7 +178,7 @@ def _attribute_of(metadata_name: str) -> str | None:
     """
     lowered = metadata_name.lower()
     name = lowered.removeprefix(_PREFIX) if lowered.startswith(_PREFIX) else metadata_name
-    if not name or name in _FIXED or name.lower() in _RUNTIME_WORDS or name.startswith("outbox."):
+    if not name or name in _FIXED or name.lower() in _RUNTIME_WORDS or name.lower().startswith(_NEVER_LEAVE):
         return None
     if not VALID_ATTRIBUTE_NAME.fullmatch(name):
         logger.warning("%r is no valid CloudEvents attribute name (lower-case letters and digits); sent as it is", name)

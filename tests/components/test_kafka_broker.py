@@ -17,7 +17,6 @@ from statecast.components.broker.kafka.records import encode
 from statecast.components.manifest import Component
 from statecast.components.testing.broker import LONG, BrokerContract, assert_all_in_order, numbered
 from statecast.components.testing.deadline import until
-from statecast.errors import ComponentError
 from statecast.runtime.server import PrivateServer, ServerKind
 from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
 from statecast.runtime.server_processes import KAFKA_SETTINGS
@@ -403,27 +402,3 @@ async def test_a_killed_broker_that_comes_back_has_all_that_was_published(
                 received.append(delivery.message)
 
     assert_all_in_order(received, numbered(topic, 300, keys=3))
-
-
-# The component
-
-
-@pytest.mark.parametrize(
-    ("metadata", "complaint"),
-    [
-        ({"brokers": ""}, "brokers is required"),
-        ({"brokers": " , "}, "brokers takes host:port"),
-        ({"brokers": "a:1", "initialOffset": "first"}, "initialOffset takes one of newest, oldest"),
-        ({"brokers": "a:1", "authType": "mtls"}, "authType takes none or password"),
-        ({"brokers": "a:1", "authType": "password"}, "saslUsername is required"),
-        ({"brokers": "a:1", "producerRequiredAcks": "local"}, "producerRequiredAcks must be all"),
-        ({"brokers": "a:1", "heartbeatInterval": "20s"}, "heartbeatInterval must be shorter than sessionTimeout"),
-        ({"brokers": "a:1", "caCert": "/etc/ca.pem"}, "caCert takes a certificate in PEM"),
-        ({"brokers": "a:1", "compression": "brotli"}, "compression takes one of none, gzip"),
-    ],
-)
-def test_metadata_that_cannot_work_is_an_error_that_names_the_field(metadata: dict[str, str], complaint: str) -> None:
-    component = Component(name="pubsub", type="pubsub.kafka", metadata=metadata)
-
-    with pytest.raises(ComponentError, match=complaint):
-        KafkaBroker(component, app_id="orders", clock=SystemClock())

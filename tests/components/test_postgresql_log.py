@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -13,7 +14,16 @@ import pytest
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord, Upsert
-from statecast.components.state.log import Deferral, Failure, Lease, LogEntry, OutboxLog, slice_of
+from statecast.components.state.log import (
+    Deferral,
+    DeferredQueue,
+    Failure,
+    Lease,
+    LogEntry,
+    OutboxLog,
+    QueueProgress,
+    slice_of,
+)
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
 from statecast.components.state.postgresql.position import Position
@@ -281,11 +291,11 @@ async def test_what_is_aside_of_one_key_does_not_make_looking_at_the_keys_slow(
     await admin.execute("analyze statecast_deferred; select pg_stat_force_next_flush()")
     before = await entries_fetched(admin)
 
-    (key,) = await store.log.deferred(range(16))
-    entries = await store.log.read_deferred(key.slice, key.order_key, 10)
-    is_left = await store.log.settle_deferred(kept[key.slice], key.order_key, [entries[0].id], None)
+    (status,) = await store.log.deferred(range(16))
+    entries = await store.log.read_deferred([status.queue], 10)
+    emptied = await store.log.settle_deferred(kept, [QueueProgress(status.queue, (entries[0].id,), None)])
 
-    assert (key.pending, len(entries), is_left) == (300, 10, True)
+    assert (status.pending, len(entries), emptied) == (300, 10, [])
     assert await entries_fetched(admin) - before < 100
 
 
@@ -318,13 +328,17 @@ async def test_a_settlement_beside_another_statement_for_its_slice_does_nothing_
     if holder == "another statement":
         await admin.execute("select from statecast_slice where slice = $1 for update", entry.slice)
 
+    settled = QueueProgress(DeferredQueue.of(entry), (entry.id,), None)
+
     async with asyncio.timeout(10):
-        is_left = await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None)
+        emptied = await store.log.settle_deferred(kept, [settled])
 
     await transaction.rollback()
-    assert is_left == (holder == "another statement")
-    assert len(await store.log.deferred(range(16))) == (1 if is_left else 0)
-    assert await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None) is False
+    assert emptied == ([] if holder == "another statement" else [settled.queue])
+    assert [status.queue for status in await store.log.deferred(range(16))] == [
+        queue for queue in [settled.queue] if queue not in emptied
+    ]
+    assert await store.log.settle_deferred(kept, [settled]) == [settled.queue]
 
 
 async def test_a_brokers_words_are_kept_whatever_they_are(store: PostgresqlStateStore) -> None:
@@ -502,6 +516,32 @@ async def test_a_trim_gives_up_while_a_dump_holds_the_table(
         kept = await admin.fetchval("select count(*) from statecast_outbox_1_0")
 
     assert kept == 10
+
+
+async def test_a_role_that_may_not_truncate_relays_on_and_is_told_once(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    role = f"plain_{uuid4().hex}"
+    await admin.execute(f"create role {role} login")
+    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
+    await admin.execute(f"grant usage, select on all sequences in schema public to {role}")
+    await fill_partitions(store, admin)
+
+    url = urlsplit(postgresql_url)
+    as_role = url._replace(netloc=f"{role}@{url.hostname}:{url.port}").geturl()
+    component = Component("statestore", "state.postgresql", "v2", {"connectionString": as_role})
+    async with PostgresqlStateStore(component, app_id="orders", clock=SystemClock()) as plain:
+        seen, leases = await read_all(plain.log, await plain.log.acquire("relay", 16, HOUR))
+        await plain.log.advance(leases, HOUR)
+        await plain.log.trim()
+        await plain.log.trim()
+
+    assert len(seen) == 30
+    assert await counts(admin) == [10, 10, 10, 0]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "permission denied for table statecast_outbox_1_0" in caplog.text
+    await admin.execute(f"drop owned by {role}")
+    await admin.execute(f"drop role {role}")
 
 
 async def test_a_ring_that_comes_round_goes_on(store: PostgresqlStateStore, admin: asyncpg.Connection) -> None:

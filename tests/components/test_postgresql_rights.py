@@ -10,7 +10,7 @@ import pytest
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, Mark, Upsert
-from statecast.components.state.log import Deferral, Failure
+from statecast.components.state.log import Deferral, Failure, QueueProgress
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.config import QualifiedName
 from statecast.components.state.postgresql.migration import pending_statements
@@ -63,13 +63,13 @@ async def test_it_puts_events_aside_settles_them_and_replays_them(plain_url: str
         batch = await store.log.read(await store.log.acquire("relay", 16, HOUR), 100)
         leases = await store.log.advance(batch.leases, HOUR, [Deferral(batch.entries, Failure(1, None, "refused"))])
         replayed = await store.log.replay()
-        (key,) = await store.log.deferred(range(16))
-        entries = await store.log.read_deferred(key.slice, key.order_key, 10)
-        (lease,) = (lease for lease in leases if lease.slice == key.slice)
-        is_left = await store.log.settle_deferred(lease, key.order_key, [entry.id for entry in entries], None)
+        (status,) = await store.log.due_deferred(range(16), 10)
+        entries = await store.log.read_deferred([status.queue], 10)
+        published = tuple(entry.id for entry in entries)
+        emptied = await store.log.settle_deferred(leases, [QueueProgress(status.queue, published, None)])
 
     assert [entry.record.event_id for entry in entries] == [f"orders||1#{number}" for number in range(3)]
-    assert (replayed, key.is_due, is_left) == (1, True, False)
+    assert (replayed, emptied) == (1, [status.queue])
 
 
 async def test_it_gives_the_space_of_a_passed_partition_back(plain_url: str, admin: asyncpg.Connection) -> None:

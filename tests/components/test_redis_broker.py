@@ -1,6 +1,7 @@
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -159,6 +160,26 @@ async def test_a_broker_opens_without_its_server_and_publishes_once_it_is_there(
     assert with_server == Published()
 
 
+async def test_a_broker_opens_in_its_time_where_no_connection_is_taken() -> None:
+    async with black_hole() as address:
+        component = Component("pubsub", "pubsub.redis", "v1", {"redisHost": address}, init_timeout=timedelta(seconds=1))
+
+        async with asyncio.timeout(1), RedisBroker(component, app_id="orders", clock=SystemClock()):
+            pass
+
+
+@asynccontextmanager
+async def black_hole() -> AsyncIterator[str]:
+    """Listen, and take nobody in: the queue of those who wait is full."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield "{}:{}".format(*listening.getsockname())
+
+
 async def test_a_silent_server_leaves_the_outcome_unknown_at_the_deadline(server: PrivateServer) -> None:
     async with redis_broker(server.address) as broker, asyncio.timeout(10):
         await broker.publish(numbered("t", 1), LONG)
@@ -308,6 +329,22 @@ async def test_the_consumer_id_renames_the_group_of_the_app(redis_url: str) -> N
             pass
 
     assert {group[b"name"] for group in run(redis_url, "XINFO", "GROUPS", "t")} == {b"other", b"billing"}
+
+
+async def test_blanks_around_a_consumer_id_are_no_part_of_it(redis_url: str) -> None:
+    for consumer_id in (" other ", "  "):
+        async with redis_broker(redis_url, consumerID=consumer_id) as broker, broker.subscribe("t", "orders"):
+            pass
+
+    assert {group[b"name"] for group in run(redis_url, "XINFO", "GROUPS", "t")} == {b"other", b"orders"}
+
+
+async def test_no_more_is_read_at_once_than_the_queue_depth(redis_url: str) -> None:
+    async with redis_broker(redis_url, queueDepth="2") as broker, broker.subscribe("t", "g") as deliveries:
+        await broker.publish(numbered("t", 5), LONG)
+        await next_of(deliveries)
+
+        assert run(redis_url, "XPENDING", "t", "g")["pending"] == 2
 
 
 async def test_a_key_that_is_no_stream_cannot_be_subscribed_to(redis_url: str) -> None:

@@ -5,9 +5,9 @@ import shutil
 import socket
 import ssl
 import subprocess
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
-from statecast.errors import StatecastError, StoreUnavailable
+from statecast.errors import ComponentError, StatecastError, StoreUnavailable
 from statecast.runtime.servers import PrivateServer, ServerKind, ServerMissing
+from tests.components.certificates import Certificate, make_certificate
 from tests.components.going_without import go_without
 
 StartServer = Callable[[ServerKind], PrivateServer]
@@ -45,30 +46,9 @@ async def is_written(store: RedisStateStore) -> bool:
 # TLS
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """A key and its own certificate, as PEM text and in one file."""
-
-    path: Path
-    key: str
-    certificate: str
-
-
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
-    """A new one for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        go_without(ServerMissing("no openssl: apt-get install openssl"))
-    pem = tmp_path / "both.pem"
-    wanted = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "-", *wanted],
-        capture_output=True,
-        check=True,
-    )
-    pem.write_bytes(made.stdout)
-    key, begin, body = made.stdout.decode().partition("-----BEGIN CERTIFICATE-----")
-    return Certificate(pem, key, begin + body)
+    return make_certificate(tmp_path)
 
 
 @asynccontextmanager
@@ -120,6 +100,34 @@ async def test_with_tls_the_client_shows_its_certificate(redis_url: str, certifi
         with pytest.raises(StoreUnavailable):
             async with redis_store(**metadata):
                 pass
+
+
+def test_a_key_that_is_encrypted_is_refused_and_nobody_is_asked_for_its_password(certificate: Certificate) -> None:
+    encrypted = subprocess.run(
+        ["openssl", "pkey", "-aes256", "-passout", "pass:s3cr3t"],
+        input=certificate.key.encode(),
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+
+    with pytest.raises(ComponentError, match="clientKey and clientCert must be a matching pair in PEM, not encrypted"):
+        redis_store(enableTLS="true", clientKey=encrypted, clientCert=certificate.certificate)
+
+
+# Messages
+
+
+async def test_a_host_from_a_secret_is_in_no_error() -> None:
+    component = Component(
+        "statestore", "state.redis", metadata={"redisHost": "127.0.0.1:1"}, secret_fields=frozenset({"redishost"})
+    )
+
+    with pytest.raises(StoreUnavailable) as failure:
+        async with RedisStateStore(component, app_id="orders", clock=SystemClock()):
+            raise AssertionError("it opened")
+
+    assert str(failure.value) == "no connection to <redisHost>: ConnectionRefusedError"
+    assert "127.0.0.1" not in "".join(traceback.format_exception(failure.value))
 
 
 # Sentinels

@@ -64,8 +64,7 @@ async def test_postgresql_to_kafka(postgresql_url: str, kafka_bootstrap: str, tm
 
 
 async def test_postgresql_whose_ring_turns_to_redis(postgresql_url: str, redis_url: str, tmp_path: Path) -> None:
-    """Partitions are left and truncated all the time, beside transactions that commit late. Nothing stays open here:
-    what is to be reclaimed would wait for it.
+    """Partitions are left and truncated all the time, beside transactions that commit late.
 
     Tried with a TRUNCATE that does not ask whether every slice has passed the partition: events are lost.
     """

@@ -149,8 +149,16 @@ def test_an_empty_subject_is_absent() -> None:
     assert "subject" not in event
 
 
-def test_an_overridden_traceparent_is_the_trace_id_too() -> None:
-    (event,) = events(upsert("shop||o1", 1, metadata={"traceparent": "00-aa-bb-01"}))
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"traceparent": "00-aa-bb-01"},
+        {"cloudevent.traceid": "00-aa-bb-01"},
+        {"cloudevent.traceparent": "00-aa-bb-01", "cloudevent.traceid": "00-cc-dd-01"},
+    ],
+)
+def test_an_overridden_trace_is_the_parent_and_the_id_and_the_parent_goes_first(metadata: dict[str, str]) -> None:
+    (event,) = events(upsert("shop||o1", 1, metadata=metadata))
 
     assert event["traceparent"] == event["traceid"] == "00-aa-bb-01"
 
@@ -182,17 +190,18 @@ def test_data_follows_the_content_type(
     assert (event["datacontenttype"], event["data"]) == (expected_type, expected_data)
 
 
-@pytest.mark.parametrize("content_type", [None, "application/octet-stream"])
+@pytest.mark.parametrize("content_type", [None, "application/octet-stream", "application/x-protobuf"])
 def test_bytes_that_are_no_text_travel_in_base64(content_type: str | None) -> None:
     (event,) = events(upsert("shop||o1", b"\xff\x00", content_type=content_type))
 
-    assert event["datacontenttype"] == "application/octet-stream"
+    assert event["datacontenttype"] == (content_type or "application/octet-stream")
     assert event["data_base64"] == "/wA="
     assert "data" not in event
 
 
-def test_an_overridden_datacontenttype_without_a_content_type_formats_the_data_too() -> None:
-    (event,) = events(upsert("shop||o1", b'{"a":1}', metadata={"datacontenttype": "application/json"}))
+@pytest.mark.parametrize("name", ["datacontenttype", "cloudevent.datacontenttype", "CloudEvent.DataContentType"])
+def test_an_overridden_datacontenttype_without_a_content_type_formats_the_data_too(name: str) -> None:
+    (event,) = events(upsert("shop||o1", b'{"a":1}', metadata={name: "application/json"}))
 
     assert (event["datacontenttype"], event["data"]) == ("application/json", {"a": 1})
 
@@ -215,6 +224,21 @@ def test_an_operation_may_choose_its_topic() -> None:
 
     assert record.topic == "returns"
     assert json.loads(record.body)["topic"] == "returns"
+
+
+def test_so_may_an_announcement() -> None:
+    data = Data(b"1", is_json=True)
+    chosen = Announcement(data, "T", metadata=(("outbox.topic", "returns"),))
+    both = Announcement(data, "T", topic="audit", metadata=(("outbox.topic", "returns"),))
+
+    assert [record.topic for record in plan(announcements=(chosen, both)).records] == ["returns", "audit"]
+
+
+@pytest.mark.parametrize("name", ["OUTBOX.Projection", "Outbox.Topic", "cloudevent.cloudevent.type", "cloudevent."])
+def test_a_word_of_the_runtime_never_leaves_however_it_is_written(name: str) -> None:
+    (event,) = events(upsert("shop||o1", 1, metadata={name: "x"}))
+
+    assert "x" not in event.values()
 
 
 def test_a_raw_payload_is_the_data_alone() -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import hiredis
 
-from statecast.components.redis.settings import Address, Credentials, RedisSettings, Sentinel
+from statecast.components.address import Address
+from statecast.components.redis.settings import Credentials, RedisSettings, Sentinel
 
 _INCOMPLETE = object()
 
@@ -203,7 +204,8 @@ async def connect(
     except TimeoutError:
         raise NotSent(f"no answer from {address} within {settings.dial_timeout.total_seconds():g} s") from None
     except (OSError, ErrorReply, Unanswered) as error:
-        raise NotSent(f"no connection to {address}: {error}") from error
+        reason = f"no connection to {address}: {address.reason(error)}"
+        raise NotSent(reason) from (None if address.stand_in else error)
 
 
 async def _dial(
@@ -249,8 +251,8 @@ async def _master_address(settings: RedisSettings, sentinel: Sentinel) -> Addres
         try:
             return await _ask_sentinel(address, settings, sentinel)
         except (OSError, ErrorReply, Unanswered, NotSent) as error:
-            reasons.append(f"{address}: {error}")
-    raise NotSent(f"no sentinel knows master {sentinel.master!r} ({'; '.join(reasons)})")
+            reasons.append(f"{address}: {address.reason(error)}")
+    raise NotSent(f"no sentinel knows master {sentinel.shown_master} ({'; '.join(reasons)})")
 
 
 async def _ask_sentinel(address: Address, settings: RedisSettings, sentinel: Sentinel) -> Address:

@@ -1,6 +1,7 @@
 """Commands of one tick of the event loop leave as one write: the connection that all callers share."""
 
 import asyncio
+import logging
 from hashlib import sha1
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,8 @@ from statecast.components.redis.connection import (
 )
 from statecast.components.redis.settings import RedisSettings
 from statecast.components.settlement import wait_for_settlement
+
+logger = logging.getLogger(__name__)
 
 _CLOSING_PATIENCE = 2.0
 """How many seconds closing waits for what is in flight."""
@@ -151,6 +154,13 @@ class Pipeline:
             raise reply
         return reply
 
+    async def command_within(self, seconds: float, *arguments: Argument) -> Reply:
+        """Send one command, and wait no longer than `seconds`: as `command`, and as `run_within`."""
+        reply = await self._call_until(asyncio.get_running_loop().time() + seconds, pack(*arguments))
+        if type(reply) is ErrorReply:
+            raise reply
+        return reply
+
     def abort(self, reason: str) -> None:
         """Give up what is in flight; the next command connects again."""
         if self._connection is not None:
@@ -179,6 +189,9 @@ class Pipeline:
             )
         except NotSent as error:
             self._fail_queue(error)
+        except Exception as error:
+            logger.exception("connecting to Redis failed")
+            self._fail_queue(NotSent(repr(error)))
         else:
             self._connection = connection
             if connection.lost.done():

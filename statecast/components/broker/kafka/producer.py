@@ -107,7 +107,7 @@ class Producer:
         except ClusterAuthorizationFailedError as error:
             # KIP-679: who may write any topic gets a producer id.
             reason = "may write no topic, or lacks IdempotentWrite on a cluster older than Kafka 2.8"
-            raise TopicRefused(f"{self._user} {reason}: {text_of(error)}") from error
+            raise TopicRefused(f"{self._user} {reason}: {text_of(error, self._config)}") from error
         except (KafkaError, OSError, TimeoutError) as error:
             raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
@@ -123,7 +123,7 @@ class Producer:
             try:
                 await self._ask_for(topic, is_last_time=asyncio.get_running_loop().time() >= deadline)
             except (KafkaError, OSError, TimeoutError) as error:
-                raise SendFailed(f"no metadata: {text_of(error)}") from error
+                raise SendFailed(f"no metadata: {text_of(error, self._config)}") from error
         return sorted(client.cluster.partitions_for_topic(topic))
 
     def any_partition(self, topic: str) -> int:
@@ -147,12 +147,12 @@ class Producer:
             stored = await self._driver.send_batch(sending.builder, sending.topic, partition=sending.partition)
             await stored
         except _ABOUT_MESSAGE as error:
-            raise MessageRefused(text_of(error)) from error
+            raise MessageRefused(text_of(error, self._config)) from error
         except _ABOUT_TOPIC as error:
             raise self._refusal(sending.topic, type(error)) from error
         # The driver asserts that the partition is there: a topic that was made anew may have fewer.
         except (KafkaError, OSError, TimeoutError, AssertionError) as error:
-            raise SendFailed(text_of(error)) from error
+            raise SendFailed(text_of(error, self._config)) from error
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -176,7 +176,7 @@ class Producer:
     @property
     def _user(self) -> str:
         login = self._config.credentials
-        return f"user {'ANONYMOUS' if login is None else login.username!r}"
+        return f"user {'ANONYMOUS' if login is None else login.shown_username}"
 
     def _tasks(self) -> list[asyncio.Task[Any]]:
         return [task for task in (self._driver._sender.sender_task, *self._requests) if task is not None]

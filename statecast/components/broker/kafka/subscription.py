@@ -223,7 +223,7 @@ class Subscription:
                 await self._read_some()
                 self._complaints.pop(_NOT_READ, None)
             except KafkaError as error:
-                self._complain(_NOT_READ, text_of(error))
+                self._complain(_NOT_READ, text_of(error, self._config))
                 # Without a right to the topic one is a member all the same. After anything else, as a right to the
                 # group that was missing for a moment, the driver may be none any more, and say nothing of it.
                 if not isinstance(error, TopicAuthorizationFailedError):
@@ -236,7 +236,7 @@ class Subscription:
     async def _read_some(self) -> None:
         await self._has_room.wait()
         if self._failure is not None:
-            self._complain(_NOT_READ, text_of(self._failure))
+            self._complain(_NOT_READ, text_of(self._failure, self._config))
             await self._start_anew()
         fetched = await self._consumer.getmany(timeout_ms=1_000, max_records=WAITING_LIMIT)
         for where, records in fetched.items():
@@ -293,7 +293,7 @@ class Subscription:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 await self._consumer.commit(offsets)
         except (KafkaError, TimeoutError) as error:
-            self._complain(_NOT_COMMITTED, text_of(error))
+            self._complain(_NOT_COMMITTED, text_of(error, self._config))
             self._is_dirty.set()
             return
         self._complaints.pop(_NOT_COMMITTED, None)

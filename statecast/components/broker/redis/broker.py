@@ -51,10 +51,12 @@ class RedisBroker:
         self._settings = read_settings(fields)
         self._trim = _read_trim(fields, describe(component))
         self._pace = _read_pace(fields)
-        self._consumer_id = fields.text("consumerID")
+        self._consumer_id = fields.trimmed_text("consumerID")
         fields.unsupported("concurrency")
         fields.finish()
         self._described = describe(component)
+        # A server that takes no connection must leave opening the time to end.
+        self._patience = component.init_timeout.total_seconds() / 2
         self._app_id = app_id
         self._clock = clock
         self._pipeline = Pipeline(self._settings)
@@ -148,12 +150,12 @@ class RedisBroker:
 
     async def _examine_server(self) -> None:
         try:
-            facts = parse_info(await self._pipeline.command("INFO"))
+            facts = parse_info(await self._pipeline.command_within(self._patience, "INFO"))
         except (NotSent, Unanswered, ErrorReply) as error:
             logger.warning("%s: Redis does not answer yet: %s", self._described, error)
             return
         if problem := find_problem(facts):
-            raise ComponentError(f"{self._described}: {problem}")
+            raise ComponentError(problem)
 
 
 def _read_trim(fields: MetadataReader, described: str) -> Trim:

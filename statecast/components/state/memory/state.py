@@ -6,6 +6,7 @@ the locking there is.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from types import TracebackType
@@ -29,6 +30,7 @@ from statecast.components.state.memory.directory import MemoryDirectory
 from statecast.components.state.memory.expiring import Expiring
 from statecast.components.state.memory.lifetime import Lifetime
 from statecast.components.state.memory.log import MemoryOutboxLog
+from statecast.components.state.sweeping import sweeping
 from statecast.errors import Duplicate, ETagMismatch, Fenced
 
 SWEEP_INTERVAL: Final = timedelta(seconds=1)
@@ -46,6 +48,7 @@ class MemoryStateStore:
         self._versions = count(1)
         self._log = MemoryOutboxLog(clock, self._lifetime)
         self._directory = MemoryDirectory(self._lifetime)
+        self._open = AsyncExitStack()
 
     @property
     def log(self) -> MemoryOutboxLog:
@@ -57,16 +60,14 @@ class MemoryStateStore:
 
     async def __aenter__(self) -> Self:
         self._lifetime.is_open = True
-        self._closing = asyncio.Event()
-        self._sweeper = asyncio.create_task(self._sweep_until(self._closing), name="state.in-memory sweeper")
+        await self._open.enter_async_context(sweeping(self._sweep, SWEEP_INTERVAL, self._clock, name="state.in-memory"))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._lifetime.is_open = False
-        self._closing.set()
-        await self._sweeper
+        await self._open.aclose()
 
     async def get(self, key: str) -> Item | None:
         self._lifetime.require_open()
@@ -126,11 +127,10 @@ class MemoryStateStore:
         expires_at = None if upsert.ttl is None else _after(now, upsert.ttl)
         return Item(upsert.key, upsert.value, ETag(str(next(self._versions))), expires_at)
 
-    async def _sweep_until(self, closing: asyncio.Event) -> None:
-        while not await self._clock.wait(closing, SWEEP_INTERVAL):
-            now = self._clock.now()
-            self._items.sweep(now)
-            self._marks.sweep(now)
+    async def _sweep(self, stop: asyncio.Event) -> None:
+        now = self._clock.now()
+        self._items.sweep(now)
+        self._marks.sweep(now)
 
 
 def _etags(items: Mapping[str, Item]) -> dict[str, ETag]:

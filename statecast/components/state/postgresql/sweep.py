@@ -1,37 +1,22 @@
-"""Removing expired values and marks in the background; they are invisible before that."""
+"""Removing expired values and marks, in small batches."""
 
 import asyncio
-import logging
 from datetime import timedelta
 
-from statecast.clock import Clock
 from statecast.components.state.postgresql.lanes import Lanes, Session
 from statecast.components.state.postgresql.schema import Layout
-from statecast.errors import StatecastError
-
-logger = logging.getLogger(__name__)
 
 _BATCH = 1_000
 
 
 class Sweeper:
-    """Sweeps every `interval`, in small batches that pass by what a commit holds.
+    """Passes by what a commit holds. Rows of the metadata table say when the last sweep was, so that replicas, and
+    daprd, share the work."""
 
-    Rows of the metadata table say when the last sweep was, so that replicas, and daprd, share the work.
-    """
-
-    def __init__(self, lanes: Lanes, layout: Layout, interval: timedelta, clock: Clock) -> None:
+    def __init__(self, lanes: Lanes, layout: Layout, interval: timedelta) -> None:
         self._lanes = lanes
         self._layout = layout
         self._interval = interval
-        self._clock = clock
-
-    async def run(self, stop: asyncio.Event) -> None:
-        while not await self._clock.wait(stop, self._interval):
-            try:
-                await self.sweep(stop)
-            except StatecastError as error:
-                logger.warning("expired rows are left for the next sweep: %s", error)
 
     async def sweep(self, stop: asyncio.Event) -> None:
         """Remove what has expired, unless another process has done so within the interval."""

@@ -106,7 +106,7 @@ class RedisStateStore:
     async def _examine_server(self) -> None:
         facts = parse_info(await self._database.command("INFO"))
         if problem := find_problem(facts) or _find_eviction(facts):
-            raise ComponentError(f"{self._described}: {problem}")
+            raise ComponentError(problem)
         if facts.get("aof_enabled") == "0":
             logger.warning(
                 "%s: the server keeps no append-only file: what was committed since its last snapshot is lost"
@@ -120,7 +120,7 @@ class RedisStateStore:
             await self._database.ask(REHEARSE, 1, self._names.rehearsal)
         except StoreUnavailable as error:
             if isinstance(error.__cause__, ErrorReply) and error.__cause__.is_missing_right:
-                raise ComponentError(f"{self._described}: the user lacks a right: {error}") from error
+                raise ComponentError(f"the user lacks a right: {error}") from error
             raise
 
 

@@ -1,6 +1,7 @@
 """State on SQLite, in Dapr's table, with the outbox log and the actor claims in the same file."""
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from random import Random
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +17,9 @@ from statecast.components.state.sqlite.directory import SqliteDirectory
 from statecast.components.state.sqlite.log import SqliteOutboxLog
 from statecast.components.state.sqlite.rows import ItemRow, item_of, select_items
 from statecast.components.state.sqlite.schema import RegisteredLog, register_log
-from statecast.components.state.sqlite.sweeper import Sweeper
+from statecast.components.state.sqlite.sweep import Sweeper
 from statecast.components.state.sqlite.transaction import Statements, plan, statements
+from statecast.components.state.sweeping import sweeping
 from statecast.errors import StoreUnavailable
 
 # https://www.sqlite.org/limits.html §9: more keys than this are read by several statements.
@@ -36,6 +38,7 @@ class SqliteStateStore:
         self._directory = SqliteDirectory(self._database, app_id)
         self._select_one = select_items(self._config.table, 1)
         self._opened: tuple[RegisteredLog, Statements, SqliteOutboxLog] | None = None
+        self._open = AsyncExitStack()
 
     @property
     def log(self) -> SqliteOutboxLog:
@@ -46,27 +49,23 @@ class SqliteStateStore:
         return self._directory
 
     async def __aenter__(self) -> Self:
-        await self._database.open()
         # Seeded here from the system's chance: two processes that fork from one must not make the same etags.
         self._random = Random()
-        try:
+        async with AsyncExitStack() as opening:
+            await self._database.open()
+            opening.push_async_callback(self._database.close)
             log = await self._database.write(self._register)
-        except BaseException:
-            await self._database.close()
-            raise
-        self._opened = (log, statements(self._config.table, log), SqliteOutboxLog(self._database, log))
-        self._sweeper = Sweeper(self._database, self._clock)
-        self._sweeper.start()
+            sweep, interval = Sweeper(self._database).sweep, self._config.cleanup_interval
+            await opening.enter_async_context(sweeping(sweep, interval, self._clock, name=self._config.location))
+            self._opened = (log, statements(self._config.table, log), SqliteOutboxLog(self._database, log))
+            self._open = opening.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._opened = None
-        try:
-            await self._sweeper.close()
-        finally:
-            await self._database.close()
+        await self._open.aclose()
 
     def _register(self, cursor: apsw.Cursor) -> RegisteredLog:
         return register_log(cursor, self._app_id, self._component.name)
