@@ -64,9 +64,21 @@ class ForeignTransaction:
     advances: Sequence[float]
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What the server tells when `share` of all events was read: the bytes of the outbox, how many of its rows were
+    looked at so far, how many positions were persisted, and how many blocks were looked at for that."""
+
+    share: float
+    bytes: int
+    rows: int
+    persisted: int
+    blocks: int
+
+
 @dataclass(slots=True)
 class SpaceReport:
-    """Bytes of the outbox by how much of the events was read until then, and seconds of every read and advance.
+    """What was measured in between, and seconds of every read and advance.
 
     `seen` has a 1 for each event that was read, `count` how many they are. `foreign` is there once it has ended.
     """
@@ -74,7 +86,7 @@ class SpaceReport:
     seen: bytearray
     count: int = 0
     foreign: ForeignTransaction | None = None
-    sizes: list[tuple[float, int]] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     advances: list[float] = field(default_factory=list)
 
@@ -88,13 +100,23 @@ class SpaceReport:
 
     def most_bytes(self, first: float, last: float) -> int:
         """Tell how large the outbox was at most, from when `first` of all events was read until `last` of them was."""
-        return max(self._sizes_between(first, last))
+        return max(each.bytes for each in self._between(first, last))
 
     def usual_bytes(self, first: float, last: float) -> float:
-        return median(self._sizes_between(first, last))
+        return median(each.bytes for each in self._between(first, last))
 
-    def _sizes_between(self, first: float, last: float) -> list[int]:
-        return [size for share, size in self.sizes if first <= share <= last]
+    @property
+    def looks(self) -> float:
+        """How often an event was looked at, in the mean."""
+        return self.measures[-1].rows / self.count
+
+    def blocks(self, first: float, last: float) -> float:
+        """Tell how many blocks were looked at to persist the position of one slice, in the mean."""
+        measures = self._between(first, last)
+        return (measures[-1].blocks - measures[0].blocks) / (measures[-1].persisted - measures[0].persisted)
+
+    def _between(self, first: float, last: float) -> list[Measure]:
+        return [each for each in self.measures if first <= each.share <= last]
 
 
 def slowdown(timings: Sequence[float]) -> float:
@@ -139,7 +161,10 @@ async def run_through(url: str, plan: SpacePlan) -> SpaceReport:
         group.create_task(_write(url, outbox, plan, report))
         group.create_task(_during(plan.foreign_transaction, report, lambda: _foreign_transaction(url, report)))
         group.create_task(_during(plan.dump, report, lambda: _dump(url)))
-        await _read(store.log, plan, report, lambda: _size(admin, outbox))
+        await _read(store.log, plan, report, lambda: _measure(admin, outbox, report.share))
+    while await admin.fetchval(_SESSIONS):  # noqa: ASYNC110 - they tell the last of what they did when they end
+        await asyncio.sleep(0.01)
+    report.measures.append(await _measure(admin, outbox, report.share))
     await admin.close()
     return report
 
@@ -156,7 +181,9 @@ async def _write(url: str, outbox: str, plan: SpacePlan, report: SpaceReport) ->
     await connection.close()
 
 
-async def _read(log: OutboxLog, plan: SpacePlan, report: SpaceReport, size: Callable[[], Awaitable[int]]) -> None:
+async def _read(
+    log: OutboxLog, plan: SpacePlan, report: SpaceReport, measure: Callable[[], Awaitable[Measure]]
+) -> None:
     """Read like a relay whose broker takes no time: persist now and then, trim now and then."""
     leases = await log.acquire("reader", log.slices, _LEASE)
     persist_at = trim_at = 0.0
@@ -175,18 +202,29 @@ async def _read(log: OutboxLog, plan: SpacePlan, report: SpaceReport, size: Call
             persist_at = time.perf_counter() + plan.persist_seconds
         if time.perf_counter() >= trim_at:
             await log.trim()
-            report.sizes.append((report.share, await size()))
+            report.measures.append(await measure())
             trim_at = time.perf_counter() + plan.trim_seconds
         if not batch.entries:
             await log.wait(leases, timedelta(milliseconds=20))
 
 
-async def _size(admin: asyncpg.Connection, outbox: str) -> int:
-    size: int = await admin.fetchval(
-        "select sum(pg_total_relation_size(oid))::bigint from pg_class where relkind = 'r' and relname like $1",
-        f"{outbox}\\_%",
-    )
-    return size
+_MEASURE = """
+select
+  (select sum(pg_total_relation_size(oid))::bigint from pg_class where relkind = 'r' and relname like $1) as bytes,
+  (select sum(seq_tup_read + idx_tup_fetch)::bigint from pg_stat_user_tables where relname like $1) as rows,
+  (select n_tup_upd from pg_stat_user_tables where relname = 'statecast_slice') as persisted,
+  (select heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read
+    from pg_statio_user_tables where relname = 'statecast_slice') as blocks
+"""
+
+_SESSIONS = "select count(*) from pg_stat_activity where application_name = 'statecast bench'"
+
+
+async def _measure(admin: asyncpg.Connection, outbox: str, share: float) -> Measure:
+    """Ask the server, whose sessions tell what they looked at once a second."""
+    row = await admin.fetchrow(_MEASURE, f"{outbox}\\_%")
+    assert row is not None
+    return Measure(share, *row)
 
 
 async def _during(

@@ -11,16 +11,18 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from statecast import Component
 from tests.crash.arena import PUBSUB, Arena, Envelope, write_components
 
-_PARTITIONS = 3
+PARTITIONS = 3
 
 
 @asynccontextmanager
-async def fickle_kafka_arena(store: Component, bootstrap: str, topic: str, folder: Path) -> AsyncIterator[Arena]:
+async def fickle_kafka_arena(
+    store: Component, bootstrap: str, topic: str, folder: Path, *, replicas: int = 1
+) -> AsyncIterator[Arena]:
     """Publish to Kafka, to a new topic that is connected to only while it is read."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     try:
-        await admin.create_topics([NewTopic(topic, _PARTITIONS, 1)])
+        await admin.create_topics([NewTopic(topic, PARTITIONS, replicas)])
     finally:
         await admin.close()
     broker = Component(PUBSUB, "pubsub.kafka", "v1", {"brokers": bootstrap, "authType": "none"})
@@ -30,7 +32,7 @@ async def fickle_kafka_arena(store: Component, bootstrap: str, topic: str, folde
 class FickleTopic:
     def __init__(self, bootstrap: str, topic: str) -> None:
         self._bootstrap = bootstrap
-        self._positions = {TopicPartition(topic, number): 0 for number in range(_PARTITIONS)}
+        self._positions = {TopicPartition(topic, number): 0 for number in range(PARTITIONS)}
         self._found: list[Envelope] = []
 
     async def read(self) -> list[Envelope]:

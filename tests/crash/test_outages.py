@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -26,8 +27,9 @@ from tests.crash.arena import (
     sqlite_store,
     until,
 )
+from tests.crash.kafka_pair import kafka_pair
 from tests.crash.ledger import Findings, Ledger, Told, compare
-from tests.crash.outage_arena import fickle_kafka_arena
+from tests.crash.outage_arena import PARTITIONS, fickle_kafka_arena
 from tests.crash.steady_writer import KEYS, LedgerNotes, Value, write
 
 StartServer = Callable[[ServerKind], PrivateServer]
@@ -165,6 +167,32 @@ async def test_kafka_away(postgresql_url: str, private_server: StartServer, tmp_
         load(arena, RelayOptions()) as under_load,
     ):
         await assert_broker_may_go_away(under_load, broker, LONG_OUTAGE_SECONDS)
+
+
+async def test_kafka_whose_leaders_change(postgresql_url: str, tmp_path: Path) -> None:
+    """The nodes of a cluster go and come back in turn, so that all is led by one, by the other, and by the first again.
+    A node alone would lead by a new epoch each time, but nobody would ask one that leads no more.
+
+    Tried with a relay that takes for published what was sent: events are lost.
+    """
+    store, topic = postgresql_store(postgresql_url), f"{TOPIC}-{uuid4().hex[:12]}"
+    async with (
+        kafka_pair() as pair,
+        fickle_kafka_arena(store, pair.address, topic, tmp_path / "components", replicas=2) as arena,
+        load(arena) as under_load,
+    ):
+        for end, leaving, staying in ((pair.stop, 2, 1), (pair.stop, 1, 2), (pair.kill, 2, 1)):
+            assert await until(partial(pair.is_in_sync, topic), seconds=PATIENCE_SECONDS)
+            await asyncio.to_thread(end, leaving)
+            assert await until(partial(pair.is_led_by, staying, topic), seconds=PATIENCE_SECONDS)
+            await under_load.every_writer_commits()
+            await asyncio.to_thread(pair.restart, leaving)
+            await under_load.all_arrives()
+
+        async def all_were_led_in_turn() -> bool:
+            return all(len(pair.epochs(topic, partition)) >= 3 for partition in range(PARTITIONS))
+
+        assert await until(all_were_led_in_turn, seconds=PATIENCE_SECONDS)
 
 
 async def assert_broker_may_go_away(under_load: Load, broker: PrivateServer, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.space import SpacePlan, run_through, slowdown
+from benchmarks.space import SpacePlan, run_through
 from statecast.components.state.postgresql import log, schema
 
 PARTITION_BITS = 12
@@ -13,14 +13,21 @@ PLAN = SpacePlan(events=500_000, ahead=4_000, trim_seconds=0.05, persist_seconds
 FEW_BYTES = 60_000_000
 """A fifth of all that is written, and less than is written while the transaction is open."""
 
-FLAT = 5.0
-"""A read of the last tenth takes no longer than this many of the first: generous, since the machine has other work."""
+FEW_LOOKS = 8.0
+"""Some 3 are usual, and some 10 while a dump keeps the ring from being emptied."""
+
+FEW_BLOCKS = 10.0
+"""To persist a position takes some 4, and some 40 while the transaction is open and keeps old versions."""
 
 
-async def test_the_outbox_stays_as_small_and_as_quick_as_it_was(
+async def test_the_outbox_stays_small_and_each_event_is_looked_at_a_few_times(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fails when a partition waits for open transactions that have nothing in it (tried)."""
+    """How long that takes is measured by the benchmark.
+
+    Fails when a partition waits for open transactions that have nothing in it, and when a read does not begin at an
+    id (tried).
+    """
     monkeypatch.setattr(schema, "PARTITION_BITS", PARTITION_BITS)
     monkeypatch.setattr(log, "PARTITION_BITS", PARTITION_BITS)
 
@@ -29,5 +36,5 @@ async def test_the_outbox_stays_as_small_and_as_quick_as_it_was(
     assert report.count == PLAN.events
     assert report.most_bytes(0, PLAN.dump[0]) < FEW_BYTES
     assert report.most_bytes(0.9, 1) < FEW_BYTES
-    assert slowdown(report.reads) < FLAT
-    assert slowdown(report.advances) < FLAT
+    assert report.looks < FEW_LOOKS
+    assert report.blocks(0.8, 1) < FEW_BLOCKS
