@@ -140,6 +140,7 @@ async def test_a_server_that_is_silent_ends_in_a_timeout_and_wedges_nobody(serve
 
 async def test_a_repeat_with_the_same_mark_tells_what_became_of_an_unknown_commit(server: PrivateServer) -> None:
     commit = Commit((Upsert("orders||1", b"1"),), (RECORD,), (Mark(b"m" * 16, timedelta(hours=1)),))
+    run(server.address, "HSET", "orders||1", "version", "0")
     async with redis_store(server.address, readTimeout="200ms") as store:
         await store.transact(put("orders||0"))
         server.freeze()
@@ -159,6 +160,7 @@ async def test_a_repeat_with_the_same_mark_tells_what_became_of_an_unknown_commi
 
 
 async def test_a_commit_is_not_sent_again_when_its_connection_breaks(redis_url: str) -> None:
+    run(redis_url, "HSET", "orders||1", "version", "0")
     async with cutting_proxy(redis_url) as (proxied_url, cut_next_answer), redis_store(proxied_url) as store:
         await store.transact(put("orders||0"))
         cut_next_answer()
@@ -322,6 +324,7 @@ def _answers_of_others(keys: Sequence[str], answers: Sequence[Any]) -> list[Any]
 
 async def test_a_server_that_forgot_its_scripts_is_taught_again(redis_url: str) -> None:
     async with redis_store(redis_url) as store:
+        run(redis_url, "HSET", "orders||1", "version", "0")
         run(redis_url, "SCRIPT", "FLUSH")
 
         etags = await asyncio.gather(*(store.transact(put("orders||1")) for _ in range(10)))

@@ -351,6 +351,31 @@ class StateStoreContract:
 
         assert await value_of(store, "orders||1") == b"2"
 
+    @pytest.mark.parametrize("end", ["deleted", "expired"])
+    @pytest.mark.parametrize("kind", ["upsert", "delete", "check"])
+    async def test_an_etag_of_a_value_that_ended_does_not_fit_the_one_that_follows(
+        self, store: StateStore, end: str, kind: str
+    ) -> None:
+        (ended,) = await store.transact(commit(Upsert("orders||1", b"1", ttl=self.short_ttl)))
+        if end == "deleted":
+            await store.transact(commit(Delete("orders||1")))
+        await until_absent(store, "orders||1")
+        await put(store, "orders||1", b"2")
+
+        assert await is_refused(store, "orders||1", CONDITIONED[kind]("orders||1", ended))
+
+    async def test_no_etag_comes_again_however_often_a_key_is_made_anew(self, store: StateStore) -> None:
+        seen: list[ETag | None] = []
+        for _ in range(50):
+            answers = await asyncio.gather(
+                store.transact(commit(Upsert("orders||1", b"1"))),
+                store.transact(commit(Upsert("orders||1", b"2"))),
+                store.transact(commit(Delete("orders||1"))),
+            )
+            seen += [etag for answer in answers for etag in answer if etag]
+
+        assert len(set(seen)) == len(seen) == 100
+
     async def test_conditions_on_a_repeated_key_speak_of_the_state_before(self, store: StateStore) -> None:
         before = await put(store, "orders||1", b"1")
 

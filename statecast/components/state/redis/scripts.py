@@ -20,6 +20,18 @@ local commit = cmsgpack.unpack(ARGV[1])
 local operations, marks, tokens, streams, events = commit[1], commit[2], commit[3], commit[4], commit[5]
 local n, m, g = #operations, #marks, #tokens
 
+-- A key's first version is the time in microseconds: a key that is deleted, or expires, and comes back has no version
+-- again that it had, since nobody writes it once in a microsecond. Above 2^53 Lua rounds, so counting begins anew.
+local now
+local function version_after(current)
+  if current and tonumber(current) < 2 ^ 53 then return string.format('%d', current + 1) end
+  if not now then
+    local time = redis.call('TIME')
+    now = string.format('%d', time[1] * 1000000 + time[2])
+  end
+  return now
+end
+
 for i = 1, m do
   if redis.call('EXISTS', KEYS[n + i]) == 1 then
     local answered = redis.pcall('GET', KEYS[n + i])
@@ -37,6 +49,7 @@ for i = 1, n do
   local held = redis.pcall('HMGET', KEYS[i], 'version', 'first-write')
   local current = held[1] or false
   if held.err then current, is_foreign[i] = false, true end
+  if current == '' then current = false end
   local expected = operation[1]
   if expected == true then
     if current or redis.call('EXISTS', KEYS[i]) == 1 then return {'etag', i} end
@@ -45,13 +58,8 @@ for i = 1, n do
   end
   result[i + 1] = false
   if operation[2] == 1 then
-    if not current then
-      result[i + 1] = '1'
-    elseif #current <= 15 and string.find(current, '^%d+$') then
-      result[i + 1] = string.format('%d', current + 1)
-    else
-      return {'corrupt', i, 'a version that is no number'}
-    end
+    if current and not string.find(current, '^%d+$') then return {'corrupt', i, 'a version that is no number'} end
+    result[i + 1] = version_after(current)
     is_marked[i] = not is_foreign[i] and held[2]
   end
 end
