@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import (
+    Check,
     Commit,
     Concurrency,
     Delete,
@@ -28,10 +29,19 @@ from statecast.components.state.redis import log
 from statecast.components.state.redis.encoding import encode_record
 from statecast.components.state.redis.keys import KeyNames
 from statecast.components.state.redis.state import RedisStateStore
-from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StoreUnavailable
+from statecast.errors import (
+    CorruptState,
+    Duplicate,
+    ETagMismatch,
+    Fenced,
+    InvalidRequest,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
 
 STREAMS = "statecast:orders:statestore:outbox"
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b'{"id": "\xff"}', {"partitionKey": "1"})
+MARK = Mark(b"m" * 16, timedelta(hours=1))
 
 
 @pytest.fixture
@@ -602,14 +612,8 @@ async def test_what_is_not_ours_in_the_place_of_our_keys_refuses_the_whole_commi
     else:
         run(raw, "SET", names.claim("Cart", "leroy"), "text")
         guards = (Guard("Cart", "leroy", "token"),)
-    run(raw, "HSET", "orders||0", "data", "1", "version", "1")
-    mark = Mark(b"m" * 16, timedelta(seconds=10))
 
-    with pytest.raises(CorruptState):
-        await store.transact(Commit((Upsert("orders||1", b"1"), Delete("orders||0")), (RECORD,), (mark,), guards))
-
-    assert run(raw, "EXISTS", "orders||1", names.mark(mark)) == 0
-    assert fields_of(raw, "orders||0") == {b"data": b"1", b"version": b"1"}
+    await assert_corrupt_without_a_trace(store, raw, guards=guards)
 
 
 ALL_DEFERRED = [KeyNames.deferred, KeyNames.deferred_entries, KeyNames.deferred_due]
@@ -657,6 +661,78 @@ async def test_what_is_not_ours_in_the_place_of_what_is_deferred_refuses_a_whole
         await store.log.replay()
 
     assert await store.log.deferred([good]) == before
+
+
+@pytest.mark.parametrize("seq", ["", "abc", "-1", "007", "1.5", str(2**63 - 1)])
+async def test_a_claim_whose_commits_cannot_be_counted_refuses_the_whole_commit(
+    store: RedisStateStore, raw: redis.Redis, seq: str
+) -> None:
+    guard = await store.directory.claim("Cart", "leroy")
+    run(raw, "HSET", KeyNames("orders", "statestore").claim_of(guard), "seq", seq)
+
+    await assert_corrupt_without_a_trace(store, raw, guards=(guard,))
+
+
+@pytest.mark.parametrize("id", ["18446744073709551615-18446744073709551614", "18446744073709551615-1"])
+async def test_a_stream_that_is_at_its_end_refuses_the_whole_commit(
+    store: RedisStateStore, raw: redis.Redis, id: str
+) -> None:
+    for slice in range(16):
+        run(raw, "XADD", KeyNames("orders", "statestore").stream(slice), id, "key", "")
+
+    await assert_corrupt_without_a_trace(store, raw)
+
+
+async def test_a_commit_that_the_server_breaks_off_leaves_no_mark(store: RedisStateStore, raw: redis.Redis) -> None:
+    """Nothing is known that does so, but for a stream whose last id was set by hand."""
+    last = "18446744073709551615-18446744073709551615"
+    for slice in range(16):
+        run(raw, "XADD", KeyNames("orders", "statestore").stream(slice), last, "key", "")
+        run(raw, "XDEL", KeyNames("orders", "statestore").stream(slice), last)
+
+    for _ in range(2):
+        with pytest.raises(OutcomeUnknown):
+            await store.transact(Commit((Upsert("orders||1", b"1"),), (RECORD,), (MARK,)))
+
+    assert run(raw, "EXISTS", "orders||1") == 0
+
+
+async def assert_corrupt_without_a_trace(
+    store: RedisStateStore, raw: redis.Redis, *, guards: tuple[Guard, ...] = ()
+) -> None:
+    """Commit what one of our keys must refuse."""
+    run(raw, "HSET", "orders||0", "data", "1", "version", "1")
+
+    with pytest.raises(CorruptState):
+        await store.transact(
+            Commit((Upsert("orders||1", b"1"), Delete("orders||0")), (RECORD, RECORD), (MARK,), guards)
+        )
+
+    assert run(raw, "EXISTS", "orders||1", KeyNames("orders", "statestore").mark(MARK)) == 0
+    assert fields_of(raw, "orders||0") == {b"data": b"1", b"version": b"1"}
+
+
+OWN_KEYS = ["statecast:orders:statestore:outbox:3", "statecast:", "statecast:billing:statestore:mark:00"]
+
+
+@pytest.mark.parametrize("key", OWN_KEYS)
+@pytest.mark.parametrize("operation", [Upsert("", b"1"), Delete(""), Check("", None)])
+async def test_no_commit_reaches_our_own_keys(
+    store: RedisStateStore, raw: redis.Redis, key: str, operation: Upsert | Delete | Check
+) -> None:
+    """An app that has no prefix before its keys could name them."""
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await apply(store, Upsert("orders||1", b"1"), replace(operation, key=key))
+
+    assert run(raw, "KEYS", "*") == [STREAMS.encode()]
+
+
+@pytest.mark.parametrize("key", OWN_KEYS)
+async def test_no_read_reaches_our_own_keys(store: RedisStateStore, key: str) -> None:
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await store.get(key)
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await store.bulk_get(["orders||1", key])
 
 
 def test_no_name_reaches_into_the_keys_of_another() -> None:

@@ -22,7 +22,7 @@ from statecast.components.state.commit import (
     etags_after,
 )
 from statecast.components.state.log import LogEntry, slice_of
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import KeyNames, state_key
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
 
 _ONLY_CHECK: Final = 0
@@ -62,7 +62,7 @@ class EncodedCommit:
 
 
 def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit:
-    """Bring a commit to keys and one argument. Raises InvalidRequest when it is too large."""
+    """Bring a commit to keys and one argument. Raises InvalidRequest for a key of ours, and when it is too large."""
     contradiction = None
     answers: list[int | str | bool] = []
     try:
@@ -87,7 +87,7 @@ def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit
     )
     if len(argument) > _LARGEST_ARGUMENT:
         raise InvalidRequest(f"a commit of {len(argument)} bytes is more than a Redis server takes in one command")
-    keys = [change.key for change in changes]
+    keys = [state_key(change.key) for change in changes]
     keys += map(names.mark, commit.marks)
     keys += map(names.claim_of, commit.guards)
     keys += map(names.stream, written_slices)

@@ -39,9 +39,12 @@ for i = 1, m do
   end
 end
 for i = 1, g do
-  local token = redis.pcall('HGET', KEYS[n + m + i], 'token')
-  if type(token) == 'table' then return {'corrupt', n + m + i, 'no claim'} end
-  if token ~= tokens[i] then return {'fenced', i} end
+  local held = redis.pcall('HMGET', KEYS[n + m + i], 'token', 'seq')
+  if held.err then return {'corrupt', n + m + i, 'no claim'} end
+  if held[1] ~= tokens[i] then return {'fenced', i} end
+  if held[2] and not (#held[2] <= 15 and string.find(held[2], '^[1-9]%d*$')) then
+    return {'corrupt', n + m + i, 'a count of commits that is no number'}
+  end
 end
 local result, is_foreign, is_marked = {'ok'}, {}, {}
 for i = 1, n do
@@ -65,17 +68,15 @@ for i = 1, n do
 end
 local before = n + m + g
 for i = before + 1, before + streams do
-  local kind = redis.call('TYPE', KEYS[i]).ok
-  if kind ~= 'stream' and kind ~= 'none' then return {'corrupt', i, 'a value of type ' .. kind} end
+  local last = redis.pcall('XRANGE', KEYS[i], '18446744073709551615', '+', 'COUNT', 1)
+  if last.err then return {'corrupt', i, 'a value of type ' .. redis.call('TYPE', KEYS[i]).ok} end
+  if last[1] then return {'corrupt', i, 'a stream that is at its end'} end
 end
 
-if m > 0 then
-  local answers = commit[6]
-  for i = 1, #answers do
-    if type(answers[i]) == 'number' then answers[i] = result[answers[i] + 1] end
-  end
-  local answered = cmsgpack.pack(answers)
-  for i = 1, m do redis.call('SET', KEYS[n + i], answered, 'PX', marks[i]) end
+-- Events first: only a stream whose last id was set by hand can still refuse one, and a full server refuses them.
+for i = 1, #events do
+  local event = events[i]
+  redis.call('XADD', KEYS[before + event[1]], '*', 'head', event[2], 'body', event[3])
 end
 for i = 1, g do redis.call('HINCRBY', KEYS[n + m + i], 'seq', 1) end
 for i = 1, n do
@@ -95,9 +96,14 @@ for i = 1, n do
     redis.call('DEL', key)
   end
 end
-for i = 1, #events do
-  local event = events[i]
-  redis.call('XADD', KEYS[before + event[1]], '*', 'head', event[2], 'body', event[3])
+-- Marks last: whatever may break the script off, none tells of half a commit.
+if m > 0 then
+  local answers = commit[6]
+  for i = 1, #answers do
+    if type(answers[i]) == 'number' then answers[i] = result[answers[i] + 1] end
+  end
+  local answered = cmsgpack.pack(answers)
+  for i = 1, m do redis.call('SET', KEYS[n + i], answered, 'PX', marks[i]) end
 end
 return result
 """)

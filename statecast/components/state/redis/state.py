@@ -18,7 +18,7 @@ from statecast.components.state.commit import Commit, Consistency, ETag, Item, U
 from statecast.components.state.redis.database import Database
 from statecast.components.state.redis.directory import RedisDirectory
 from statecast.components.state.redis.encoding import decode_commit, decode_item, encode_commit
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import KeyNames, state_key
 from statecast.components.state.redis.log import RedisOutboxLog
 from statecast.components.state.redis.scripts import COMMIT, READ, REHEARSE
 from statecast.errors import ComponentError, StoreUnavailable
@@ -75,14 +75,14 @@ class RedisStateStore:
 
     async def get(self, key: str) -> Item | None:
         """Read the live value at `key`; a plain string, which another program wrote, comes with etag `""`."""
-        found = await self._database.ask(READ, 1, key)
+        found = await self._database.ask(READ, 1, state_key(key))
         return decode_item(key, found[0])
 
     async def bulk_get(self, keys: Sequence[str]) -> list[Item | None]:
         """Read several keys at one moment; one answer per key asked for."""
         if not keys:
             return []
-        found = await self._database.ask(READ, len(keys), *keys)
+        found = await self._database.ask(READ, len(keys), *map(state_key, keys))
         return [decode_item(key, one) for key, one in zip(keys, found, strict=True)]
 
     async def transact(self, commit: Commit) -> tuple[ETag | None, ...]:
