@@ -22,7 +22,7 @@ from statecast.components.state.commit import (
     Operation,
     Upsert,
 )
-from statecast.components.state.keys import KeyPrefix
+from statecast.components.state.keys import KeyPrefix, check_unicode
 from statecast.components.state.store import StateStore
 from statecast.components.state.value import delete, encode, resolve_ttl, upsert, with_content_type
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, InvalidRequest
@@ -269,6 +269,7 @@ class StateClient:
             return ()
         if not idempotency_key:
             raise InvalidRequest("an idempotency key cannot be empty")
+        check_unicode("idempotency key", idempotency_key)
         text = "\0".join(("idempotency", self._settings.app_id, self._settings.name, idempotency_key))
         return (Mark(hashlib.sha256(text.encode()).digest()[:16], IDEMPOTENCY_TTL),)
 

@@ -62,7 +62,15 @@ from statecast.components.testing.log import (
     take_over,
 )
 from statecast.components.testing.model import Lane
-from statecast.errors import Duplicate, ETagMismatch, Fenced, OutcomeUnknown, StatecastError, StoreUnavailable
+from statecast.errors import (
+    Duplicate,
+    ETagMismatch,
+    Fenced,
+    InvalidRequest,
+    OutcomeUnknown,
+    StatecastError,
+    StoreUnavailable,
+)
 
 
 class StateStoreContract:
@@ -220,6 +228,20 @@ class StateStoreContract:
         await store.transact(commit(*(Upsert(key, key.encode()) for key in keys)))
 
         assert values(await store.bulk_get(keys)) == [key.encode() for key in keys]
+
+    @pytest.mark.parametrize("kind", ["upsert", "delete", "check"])
+    async def test_a_key_that_has_no_utf8_refuses_the_whole_commit(self, store: StateStore, kind: str) -> None:
+        operations = [Upsert("orders||1", b"1"), CONDITIONED[kind](LONE_SURROGATE, None)]
+
+        await assert_refused_without_a_trace(
+            store, InvalidRequest, operations, watched=["orders||1"], marks=[new_mark()]
+        )
+
+    async def test_a_key_that_has_no_utf8_cannot_be_asked_for(self, store: StateStore) -> None:
+        with pytest.raises(InvalidRequest):
+            await store.get(LONE_SURROGATE)
+        with pytest.raises(InvalidRequest):
+            await store.bulk_get(["orders||1", LONE_SURROGATE])
 
     # What a commit answers
 
@@ -1177,6 +1199,8 @@ BROKEN: dict[str, Callable[[str], Operation]] = {
     "stale check": lambda key: Check(key, ETag("stale")),
     "absent check": lambda key: Check(key, None),
 }
+
+LONE_SURROGATE = "orders||\ud83d"
 
 FIRST_WRITE_OF_TAKEN = Upsert("orders||taken", b"2", concurrency=Concurrency.FIRST_WRITE)
 

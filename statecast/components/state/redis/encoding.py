@@ -62,7 +62,7 @@ class EncodedCommit:
 
 
 def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit:
-    """Bring a commit to keys and one argument. Raises InvalidRequest for a key of ours, and when it is too large."""
+    """Bring a commit to keys and one argument. Raises InvalidRequest for a key that is none or for its size."""
     contradiction = None
     answers: list[int | str | bool] = []
     try:

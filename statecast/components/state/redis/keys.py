@@ -18,6 +18,7 @@ from typing import Final
 from urllib.parse import quote
 
 from statecast.components.state.commit import Guard, Mark
+from statecast.components.state.keys import check_unicode
 from statecast.components.state.log import DeferredQueue, Topic
 from statecast.errors import InvalidRequest
 
@@ -25,8 +26,11 @@ _OURS: Final = "statecast:"
 
 
 def state_key(key: str) -> str:
-    """Give the key of a state as it is. Raises InvalidRequest where it could be one of our own, which an app can name
-    that has no prefix before its keys."""
+    """Give the key of a state as it is.
+
+    Raises InvalidRequest for one that has no UTF-8, or is our own: an app without a prefix to its keys could name it.
+    """
+    check_unicode("key", key)
     if key.startswith(_OURS):
         raise InvalidRequest(f"key {key!r} begins with {_OURS!r}, as only our own keys do")
     return key
