@@ -115,6 +115,8 @@ class Mark(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if len(self.digest) != 16:
             raise InvalidRequest(f"a mark is a digest of 16 bytes, not of {len(self.digest)}")
+        if self.ttl <= timedelta(0):
+            raise InvalidRequest(f"a mark holds for some time, not for {self.ttl}")
 
 
 class Guard(msgspec.Struct, frozen=True):

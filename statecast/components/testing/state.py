@@ -785,6 +785,17 @@ class StateStoreContract:
         await until_absent(store, "orders||2")
         assert await value_of(store, "orders||1") == b"2"
 
+    async def test_a_value_and_a_mark_may_outlive_the_calendar(self, store: StateStore) -> None:
+        mark = Mark(uuid4().bytes, timedelta.max)
+        answer = await store.transact(commit(Upsert("orders||1", b"1", ttl=timedelta.max), marks=[mark]))
+
+        item = await store.get("orders||1")
+
+        assert item is not None
+        assert item.expires_at is None or item.expires_at.year > 9_000
+        assert await store.bulk_get(["orders||1"]) == [item]
+        assert await first_answer(store, commit(marks=[mark])) == answer
+
     async def test_a_key_that_expired_can_be_written_again_and_stays(self, store: StateStore) -> None:
         await store.transact(commit(Upsert("orders||1", b"1", ttl=self.short_ttl)))
         await until_absent(store, "orders||1")

@@ -32,6 +32,9 @@ _DELETE: Final = 2
 _NEVER: Final = ()
 """A condition that no version fulfils: to the server it is an empty table, and a version is text."""
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_END_OF_THE_CALENDAR: Final = datetime.max.replace(tzinfo=UTC)
+
 _LARGEST_ARGUMENT = 511 * 1024 * 1024
 """Redis' proto-max-bulk-len is 512 MiB: more than that, and the server drops the connection. What is left is for the
 names that go along with an event when it is put aside."""
@@ -78,7 +81,7 @@ def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit
     argument = pack(
         (
             operations,
-            [_milliseconds(max(mark.ttl, timedelta(milliseconds=1))) for mark in commit.marks],
+            [_milliseconds(mark.ttl) for mark in commit.marks],
             [guard.token for guard in commit.guards],
             len(written_slices),
             events,
@@ -148,7 +151,11 @@ def decode_entry(slice: int, id: str, head: bytes, body: bytes) -> LogEntry:
 
 
 def from_milliseconds(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+    """Tell the moment so many milliseconds after 1970; what is beyond the calendar is its end."""
+    try:
+        return _EPOCH + timedelta(milliseconds=milliseconds)
+    except OverflowError:
+        return _END_OF_THE_CALENDAR
 
 
 def _encode_change(change: KeyChange) -> tuple[Any, ...]:
@@ -192,7 +199,7 @@ def _encode_records(records: Sequence[OutboxRecord], slices: int) -> tuple[tuple
 
 def _milliseconds(ttl: timedelta) -> str:
     # As text: the server's Lua would turn a large number into floating point notation.
-    return str(-(-ttl // timedelta(milliseconds=1)))
+    return str(-(ttl // -timedelta(milliseconds=1)))
 
 
 def _refusal(reply: Reply, commit: Commit, encoded: EncodedCommit) -> StatecastError:
