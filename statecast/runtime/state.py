@@ -62,12 +62,13 @@ class Transaction:
     async def get(self, key: str) -> Item | None:
         """Read a value that the commit depends on: if it has changed by then, the commit raises ETagMismatch.
 
-        A key is read once; what this transaction has written itself is not seen here.
+        A key is read once; what this transaction has written itself is not seen here. Raises InvalidRequest for a
+        value without an etag, which another program wrote: read it with `StateClient.get`.
         """
         if key not in self._reads:
             item = await self._client.get(key)
-            self._reads[key] = item
             self._operations.append(Check(key, None if item is None else item.etag))
+            self._reads[key] = item
         return self._reads[key]
 
     def upsert(

@@ -122,3 +122,8 @@ def test_a_mark_of_another_length_is_an_invalid_request(length: int) -> None:
 def test_a_mark_that_never_holds_is_an_invalid_request(ttl: timedelta) -> None:
     with pytest.raises(InvalidRequest, match="some time"):
         Mark(bytes(16), ttl)
+
+
+def test_a_check_of_a_value_without_an_etag_is_an_invalid_request() -> None:
+    with pytest.raises(InvalidRequest, match=r"'orders\|\|1': it has no etag"):
+        Check("orders||1", ETag(""))

@@ -10,6 +10,7 @@ import pytest
 import redis
 from msgspec.structs import replace
 
+from statecast import Runtime
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import (
@@ -169,6 +170,29 @@ async def test_a_plain_string_is_read_without_an_etag(store: RedisStateStore, ra
     assert item is not None
     assert (item.value, item.etag) == (b"text", "")
     assert item.expires_at is not None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("SET", "orders||1", "text"),
+        ("HSET", "orders||1", "data", "text"),
+        ("HSET", "orders||1", "data", "text", "version", ""),
+    ],
+)
+async def test_no_transaction_depends_on_a_value_that_could_change_unseen(
+    redis_url: str, raw: redis.Redis, command: tuple[str, ...]
+) -> None:
+    run(raw, *command)
+    address = {"redisHost": urlsplit(redis_url).netloc, "redisDB": urlsplit(redis_url).path.strip("/")}
+    component = Component("statestore", "state.redis", metadata=address)
+    async with (
+        Runtime.open([component], app_id="orders", environment={}) as runtime,
+        runtime.state("statestore").transaction() as transaction,
+    ):
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="no etag"):
+                await transaction.get("1")
 
 
 @pytest.mark.parametrize("command", [("SET", "orders||1", "text"), ("RPUSH", "orders||1", "text")])

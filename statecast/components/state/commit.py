@@ -80,10 +80,17 @@ class Delete(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None."""
+    """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None.
+
+    An etag of `""` is an InvalidRequest: whether a value without a version has changed, nobody can tell.
+    """
 
     key: str
     etag: ETag | None
+
+    def __post_init__(self) -> None:
+        if self.etag == "":
+            raise InvalidRequest(f"a commit cannot depend on the value at {self.key!r}: it has no etag")
 
 
 Operation = Upsert | Delete | Check
