@@ -493,6 +493,21 @@ async def test_a_server_that_evicts_is_refused(server: PrivateServer, policy: st
             pass
 
 
+async def test_a_server_that_evicts_what_expires_is_warned_about(
+    server: PrivateServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tried: a full server with volatile-lru throws a mark away, and the repeated commit is applied again."""
+    async with redis_store(server.address):
+        without = caplog.text
+    run(server.address, "CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+    async with redis_store(server.address):
+        pass
+
+    assert "maxmemory-policy" not in without
+    assert "maxmemory-policy is volatile-lru" in caplog.text
+    assert "a commit that is repeated with its idempotency key may be applied again" in caplog.text
+
+
 async def test_a_server_without_an_append_only_file_is_warned_about(
     server: PrivateServer, caplog: pytest.LogCaptureFixture
 ) -> None:

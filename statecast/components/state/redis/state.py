@@ -1,7 +1,7 @@
 """The state store on Redis, in Dapr's layout: a hash with `data` and `version` under the full key."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from types import TracebackType
@@ -118,12 +118,8 @@ class RedisStateStore:
         facts = parse_info(await self._database.command("INFO"))
         if problem := _find_eviction(facts):
             raise ComponentError(problem)
-        if facts.get("aof_enabled") == "0":
-            logger.warning(
-                "%s: the server keeps no append-only file: what was committed since its last snapshot is lost"
-                " when it ends",
-                self._described,
-            )
+        for loss in _find_losses(facts):
+            logger.warning("%s: %s", self._described, loss)
         self._database.replicas = int(facts.get("connected_slaves", "0"))
         for script in (COMMIT, READ):
             await self._database.command("SCRIPT", "LOAD", script.source)
@@ -135,3 +131,16 @@ def _find_eviction(facts: Mapping[str, str]) -> str | None:
     if not policy.startswith("allkeys-"):
         return None
     return f"the server's maxmemory-policy is {policy}, which throws state and events away; set noeviction"
+
+
+def _find_losses(facts: Mapping[str, str]) -> Iterator[str]:
+    """Tell what a server with these facts may lose, though it can be used."""
+    if facts.get("aof_enabled") == "0":
+        yield "the server keeps no append-only file: what was committed since its last snapshot is lost when it ends"
+    policy = facts.get("maxmemory_policy", "")
+    if policy.startswith("volatile-"):
+        yield (
+            f"the server's maxmemory-policy is {policy}, which throws away what expires when memory is short: a commit"
+            " that is repeated with its idempotency key may be applied again, values with a time to live end before"
+            " it; set noeviction"
+        )
