@@ -20,6 +20,7 @@ from statecast.components.state.redis.directory import RedisDirectory
 from statecast.components.state.redis.encoding import decode_commit, decode_item, encode_commit
 from statecast.components.state.redis.keys import KeyNames, state_key
 from statecast.components.state.redis.log import RedisOutboxLog
+from statecast.components.state.redis.replication import Replication
 from statecast.components.state.redis.scripts import COMMIT, READ, REHEARSE
 from statecast.errors import ComponentError, StoreUnavailable
 
@@ -32,7 +33,8 @@ class RedisStateStore:
     """State, outbox log and claims in one Redis database; a commit is one script, and as durable as the server is.
 
     The commits and reads of one tick of the event loop leave in one write on one connection. A commit with a strong
-    upsert goes over a connection of its own, where it waits until the replicas have it that were there at the start.
+    upsert goes over a connection of its own, where it waits, together with others, until the replicas have it that were
+    there at the start.
     """
 
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
@@ -46,7 +48,8 @@ class RedisStateStore:
         self._replicated = Pipeline(
             settings, read_timeout=(settings.read_timeout + _REPLICATION_PATIENCE).total_seconds()
         )
-        self._database = Database(self._shared, self._replicated)
+        self._replication = Replication(self._replicated)
+        self._database = Database(self._shared, self._replication)
         self._log = RedisOutboxLog(self._database, self._names, settings, clock)
         self._directory = RedisDirectory(self._database, self._names)
         self._open = AsyncExitStack()
@@ -98,7 +101,7 @@ class RedisStateStore:
         return etags
 
     def _waits_for_replicas(self, commit: Commit) -> bool:
-        return self._database.replicas > 0 and any(
+        return self._replication.replicas > 0 and any(
             isinstance(operation, Upsert) and operation.consistency is Consistency.STRONG
             for operation in commit.operations
         )
@@ -120,7 +123,7 @@ class RedisStateStore:
             raise ComponentError(problem)
         for loss in _find_losses(facts):
             logger.warning("%s: %s", self._described, loss)
-        self._database.replicas = int(facts.get("connected_slaves", "0"))
+        self._replication.replicas = int(facts.get("connected_slaves", "0"))
         for script in (COMMIT, READ):
             await self._database.command("SCRIPT", "LOAD", script.source)
         await self._database.ask(REHEARSE, 1, self._names.rehearsal)
