@@ -61,7 +61,7 @@ class StateStore(Protocol):
 
         Raises Fenced, ETagMismatch, Duplicate, CorruptState, InvalidRequest, StoreUnavailable: then nothing was
         written; and OutcomeUnknown, when the connection broke or the time ran out after the commit was sent. A key
-        that has no UTF-8 is an InvalidRequest. A time to live may reach beyond the calendar.
+        or a record that has no UTF-8 is an InvalidRequest. A time to live may reach beyond the calendar.
 
         Cancelled while it is still queued, the commit is withdrawn. Cancelled once it is sent, it waits for the
         outcome, 2 s at most, before CancelledError goes on. It is never sent twice.

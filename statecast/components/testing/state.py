@@ -27,6 +27,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from statecast.components.state.commit import (
     Check,
@@ -242,6 +243,21 @@ class StateStoreContract:
             await store.get(LONE_SURROGATE)
         with pytest.raises(InvalidRequest):
             await store.bulk_get(["orders||1", LONE_SURROGATE])
+
+    @pytest.mark.parametrize("field", ["order_key", "event_id", "pubsub", "topic", "metadata"])
+    async def test_a_record_that_has_no_utf8_refuses_the_whole_commit(self, store: StateStore, field: str) -> None:
+        text = {"name": LONE_SURROGATE} if field == "metadata" else LONE_SURROGATE
+        record = replace(new_record("orders||1"), **{field: text})
+        mark = new_mark()
+
+        with pytest.raises(InvalidRequest):
+            await store.transact(
+                commit(Upsert("orders||1", b"1"), records=[new_record("orders||1"), record], marks=[mark])
+            )
+
+        assert await store.get("orders||1") is None
+        assert await drain(store.log) == []
+        assert await is_applied(store, commit(marks=[mark]))
 
     # What a commit answers
 

@@ -118,6 +118,7 @@ class MemoryStateStore:
         items = {write.key: self._item(write, now) for change in changes if isinstance(write := change.write, Upsert)}
         marks = {mark.digest: _after(now, mark.ttl) for mark in commit.marks}
         answer = etags_after(commit.operations, _etags(items))
+        rows = self._log.rows_of(commit.records, now)
 
         for change in changes:
             if isinstance(change.write, Delete):
@@ -126,7 +127,7 @@ class MemoryStateStore:
             self._items.put(item.key, item, item.expires_at)
         for digest, ends_at in marks.items():
             self._marks.put(digest, answer, ends_at)
-        self._log.append(commit.records, now)
+        self._log.append(rows)
         return answer
 
     def _item(self, upsert: Upsert, now: datetime) -> Item:
