@@ -370,6 +370,12 @@ class StateStoreContract:
         assert accepted == []
         assert await value_of(store, "orders||1") == b"1"
 
+    async def test_an_etag_that_has_no_utf8_is_a_mismatch(self, store: StateStore) -> None:
+        await put(store, "orders||1", b"1")
+
+        for make in CONDITIONED.values():
+            assert await is_refused(store, "orders||1", make("orders||1", LONE_SURROGATE))
+
     async def test_a_mismatch_names_key_and_expected_etag(self, store: StateStore) -> None:
         await put(store, "orders||1", b"1")
 
