@@ -22,7 +22,7 @@ from statecast.components.state.commit import (
     Operation,
     Upsert,
 )
-from statecast.components.state.keys import KeyPrefix
+from statecast.components.state.keys import KeyPrefix, check_unicode
 from statecast.components.state.store import StateStore
 from statecast.components.state.value import delete, encode, resolve_ttl, upsert, with_content_type
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, InvalidRequest
@@ -62,12 +62,13 @@ class Transaction:
     async def get(self, key: str) -> Item | None:
         """Read a value that the commit depends on: if it has changed by then, the commit raises ETagMismatch.
 
-        A key is read once; what this transaction has written itself is not seen here.
+        A key is read once; what this transaction has written itself is not seen here. Raises InvalidRequest for a
+        value without an etag, which another program wrote: read it with `StateClient.get`.
         """
         if key not in self._reads:
             item = await self._client.get(key)
-            self._reads[key] = item
             self._operations.append(Check(key, None if item is None else item.etag))
+            self._reads[key] = item
         return self._reads[key]
 
     def upsert(
@@ -269,6 +270,7 @@ class StateClient:
             return ()
         if not idempotency_key:
             raise InvalidRequest("an idempotency key cannot be empty")
+        check_unicode("idempotency key", idempotency_key)
         text = "\0".join(("idempotency", self._settings.app_id, self._settings.name, idempotency_key))
         return (Mark(hashlib.sha256(text.encode()).digest()[:16], IDEMPOTENCY_TTL),)
 

@@ -116,3 +116,14 @@ def test_two_etags_expected_of_one_key_name_the_key_and_one_of_them() -> None:
 def test_a_mark_of_another_length_is_an_invalid_request(length: int) -> None:
     with pytest.raises(InvalidRequest, match="16 bytes"):
         Mark(bytes(length), timedelta(days=7))
+
+
+@pytest.mark.parametrize("ttl", [timedelta(0), timedelta(microseconds=-1)])
+def test_a_mark_that_never_holds_is_an_invalid_request(ttl: timedelta) -> None:
+    with pytest.raises(InvalidRequest, match="some time"):
+        Mark(bytes(16), ttl)
+
+
+def test_a_check_of_a_value_without_an_etag_is_an_invalid_request() -> None:
+    with pytest.raises(InvalidRequest, match=r"'orders\|\|1': it has no etag"):
+        Check("orders||1", ETag(""))

@@ -140,6 +140,7 @@ async def test_a_server_that_is_silent_ends_in_a_timeout_and_wedges_nobody(serve
 
 async def test_a_repeat_with_the_same_mark_tells_what_became_of_an_unknown_commit(server: PrivateServer) -> None:
     commit = Commit((Upsert("orders||1", b"1"),), (RECORD,), (Mark(b"m" * 16, timedelta(hours=1)),))
+    run(server.address, "HSET", "orders||1", "version", "0")
     async with redis_store(server.address, readTimeout="200ms") as store:
         await store.transact(put("orders||0"))
         server.freeze()
@@ -159,6 +160,7 @@ async def test_a_repeat_with_the_same_mark_tells_what_became_of_an_unknown_commi
 
 
 async def test_a_commit_is_not_sent_again_when_its_connection_breaks(redis_url: str) -> None:
+    run(redis_url, "HSET", "orders||1", "version", "0")
     async with cutting_proxy(redis_url) as (proxied_url, cut_next_answer), redis_store(proxied_url) as store:
         await store.transact(put("orders||0"))
         cut_next_answer()
@@ -322,6 +324,7 @@ def _answers_of_others(keys: Sequence[str], answers: Sequence[Any]) -> list[Any]
 
 async def test_a_server_that_forgot_its_scripts_is_taught_again(redis_url: str) -> None:
     async with redis_store(redis_url) as store:
+        run(redis_url, "HSET", "orders||1", "version", "0")
         run(redis_url, "SCRIPT", "FLUSH")
 
         etags = await asyncio.gather(*(store.transact(put("orders||1")) for _ in range(10)))
@@ -490,6 +493,21 @@ async def test_a_server_that_evicts_is_refused(server: PrivateServer, policy: st
             pass
 
 
+async def test_a_server_that_evicts_what_expires_is_warned_about(
+    server: PrivateServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tried: a full server with volatile-lru throws a mark away, and the repeated commit is applied again."""
+    async with redis_store(server.address):
+        without = caplog.text
+    run(server.address, "CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+    async with redis_store(server.address):
+        pass
+
+    assert "maxmemory-policy" not in without
+    assert "maxmemory-policy is volatile-lru" in caplog.text
+    assert "a commit that is repeated with its idempotency key may be applied again" in caplog.text
+
+
 async def test_a_server_without_an_append_only_file_is_warned_about(
     server: PrivateServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -528,8 +546,8 @@ async def test_a_user_is_authenticated(server: PrivateServer) -> None:
 # Strong consistency
 
 
-async def test_a_strong_commit_waits_for_the_replicas_and_holds_up_nobody(private_server: StartServer) -> None:
-    primary, replica = private_server(ServerKind.REDIS), private_server(ServerKind.REDIS)
+@asynccontextmanager
+async def replicated_store(primary: PrivateServer, replica: PrivateServer) -> AsyncIterator[RedisStateStore]:
     run(primary.address, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     run(replica.address, "REPLICAOF", "127.0.0.1", urlsplit(primary.address).port or 0)
 
@@ -537,12 +555,27 @@ async def test_a_strong_commit_waits_for_the_replicas_and_holds_up_nobody(privat
         return "'state': 'online'" in str(run(primary.address, "INFO", "replication"))
 
     await until(is_replicated)
-    strong = Commit((Upsert("orders||1", b"1", consistency=Consistency.STRONG),))
     async with redis_store(primary.address) as store:
-        reached = await error_of(store, strong)
+        yield store
+
+
+@pytest.fixture
+def replica(private_server: StartServer) -> PrivateServer:
+    return private_server(ServerKind.REDIS)
+
+
+def put_strongly(key: str, etag: ETag | None = None) -> Commit:
+    return Commit((Upsert(key, b"1", etag=etag, consistency=Consistency.STRONG),))
+
+
+async def test_a_strong_commit_waits_for_the_replicas_and_holds_up_nobody(
+    server: PrivateServer, replica: PrivateServer
+) -> None:
+    async with replicated_store(server, replica) as store:
+        reached = await error_of(store, put_strongly("orders||1"))
         copy = run(replica.address, "HGET", "orders||1", "data")
         replica.freeze()
-        committing = asyncio.create_task(error_of(store, strong))
+        committing = asyncio.create_task(error_of(store, put_strongly("orders||1")))
         await spin()
 
         item = await store.get("orders||1")
@@ -555,3 +588,97 @@ async def test_a_strong_commit_waits_for_the_replicas_and_holds_up_nobody(privat
         assert plain is None
         assert not was_done
         assert await committing is OutcomeUnknown
+
+
+async def test_strong_commits_wait_for_the_replicas_together(server: PrivateServer, replica: PrivateServer) -> None:
+    """One that waited for each other's patience would be answered after all of them."""
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        first = [asyncio.create_task(error_of(store, put_strongly(f"orders||{n}"))) for n in range(5)]
+        await until(lambda: _is_blocked(server.address))
+        then = [asyncio.create_task(error_of(store, put_strongly(f"orders||{n}"))) for n in range(5, 10)]
+
+        outcomes = await asyncio.gather(*first, *then)
+        waits = run(server.address, "INFO", "commandstats")["cmdstat_wait"]["calls"]
+        items = await store.bulk_get([f"orders||{number}" for number in range(10)])
+
+    assert outcomes == [OutcomeUnknown] * 10
+    assert waits == 2
+    assert None not in items
+
+
+async def test_a_strong_commit_that_is_refused_waits_for_no_replica(
+    server: PrivateServer, replica: PrivateServer
+) -> None:
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        committing = asyncio.create_task(error_of(store, put_strongly("orders||1")))
+        refused = asyncio.create_task(error_of(store, put_strongly("orders||2", ETag("stale"))))
+
+        assert await refused is ETagMismatch
+        was_done = committing.done()
+        assert not was_done
+        assert await committing is OutcomeUnknown
+
+
+async def test_a_strong_commit_that_is_cancelled_behind_others_is_withdrawn(
+    server: PrivateServer, replica: PrivateServer
+) -> None:
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        first = asyncio.create_task(error_of(store, put_strongly("orders||1")))
+        await until(lambda: _is_blocked(server.address))
+        behind = [asyncio.create_task(store.transact(put_strongly(f"orders||{number}"))) for number in (2, 3)]
+        await spin()
+
+        behind[0].cancel()
+        outcomes = await asyncio.gather(first, *behind, return_exceptions=True)
+        items = await store.bulk_get(["orders||1", "orders||2", "orders||3"])
+
+    assert [type(outcome) for outcome in outcomes[1:]] == [asyncio.CancelledError, OutcomeUnknown]
+    assert [item is None for item in items] == [False, True, False]
+
+
+async def test_a_caller_who_leaves_a_group_takes_nobody_along(server: PrivateServer, replica: PrivateServer) -> None:
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        commits = [asyncio.create_task(error_of(store, put_strongly(f"orders||{number}"))) for number in range(3)]
+        await until(lambda: _is_blocked(server.address))
+
+        commits[0].cancel()
+        outcomes = await asyncio.gather(*commits, return_exceptions=True)
+
+    assert outcomes[1:] == [OutcomeUnknown] * 2
+
+
+async def test_closing_tells_strong_commits_that_wait_their_turn(server: PrivateServer, replica: PrivateServer) -> None:
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        first = asyncio.create_task(error_of(store, put_strongly("orders||1")))
+        await until(lambda: _is_blocked(server.address))
+        behind = asyncio.create_task(error_of(store, put_strongly("orders||2")))
+        await spin()
+
+    assert (await first, await behind) == (OutcomeUnknown, StoreUnavailable)
+    assert run(server.address, "EXISTS", "orders||2") == 0
+
+
+async def test_strong_commits_go_on_when_their_connection_was_lost(
+    server: PrivateServer, replica: PrivateServer
+) -> None:
+    async with replicated_store(server, replica) as store:
+        replica.freeze()
+        first = asyncio.create_task(error_of(store, put_strongly("orders||1")))
+        await until(lambda: _is_blocked(server.address))
+        behind = asyncio.create_task(error_of(store, put_strongly("orders||2")))
+        await spin()
+        replica.thaw()
+        run(server.address, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        assert await first in (OutcomeUnknown, None)
+        await behind
+        await until(lambda: _is_strongly_up(store))
+
+
+async def _is_strongly_up(store: RedisStateStore) -> bool:
+    return await error_of(store, put_strongly("orders||probe")) is None

@@ -10,9 +10,11 @@ import pytest
 import redis
 from msgspec.structs import replace
 
+from statecast import Runtime
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import (
+    Check,
     Commit,
     Concurrency,
     Delete,
@@ -28,10 +30,19 @@ from statecast.components.state.redis import log
 from statecast.components.state.redis.encoding import encode_record
 from statecast.components.state.redis.keys import KeyNames
 from statecast.components.state.redis.state import RedisStateStore
-from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StoreUnavailable
+from statecast.errors import (
+    CorruptState,
+    Duplicate,
+    ETagMismatch,
+    Fenced,
+    InvalidRequest,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
 
 STREAMS = "statecast:orders:statestore:outbox"
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b'{"id": "\xff"}', {"partitionKey": "1"})
+MARK = Mark(b"m" * 16, timedelta(hours=1))
 
 
 @pytest.fixture
@@ -68,9 +79,35 @@ async def apply(store: RedisStateStore, *operations: Operation) -> tuple[ETag | 
 
 async def test_a_value_stands_in_the_hash_that_dapr_reads(store: RedisStateStore, raw: redis.Redis) -> None:
     await apply(store, Upsert("orders||1", b'{"total": 250}'))
-    await apply(store, Upsert("orders||1", b'{"total": 300}'))
+    (etag,) = await apply(store, Upsert("orders||1", b'{"total": 300}'))
 
-    assert fields_of(raw, "orders||1") == {b"data": b'{"total": 300}', b"version": b"2"}
+    assert fields_of(raw, "orders||1") == {b"data": b'{"total": 300}', b"version": str(etag).encode()}
+
+
+async def test_a_version_begins_with_the_servers_time_and_counts_the_writes(
+    store: RedisStateStore, raw: redis.Redis
+) -> None:
+    before = _microseconds(raw)
+    (first,) = await apply(store, Upsert("orders||1", b"1"))
+    (second,) = await apply(store, Upsert("orders||1", b"2"))
+
+    assert before <= int(str(first)) <= _microseconds(raw)
+    assert int(str(second)) == int(str(first)) + 1
+
+
+def _microseconds(raw: redis.Redis) -> int:
+    seconds, microseconds = run(raw, "TIME")
+    return int(seconds) * 1_000_000 + int(microseconds)
+
+
+async def test_dapr_counts_on_from_a_version_of_ours(store: RedisStateStore, raw: redis.Redis) -> None:
+    (etag,) = await apply(store, Upsert("orders||1", b"1"))
+
+    # dapr components-contrib state/redis/redis.go setDefaultQuery
+    version = run(raw, "HINCRBY", "orders||1", "version", "1")
+
+    assert version == int(str(etag)) + 1
+    assert await apply(store, Upsert("orders||1", b"2", etag=ETag(str(version)))) == (str(version + 1),)
 
 
 async def test_a_hash_that_dapr_wrote_is_read(store: RedisStateStore, raw: redis.Redis) -> None:
@@ -135,16 +172,38 @@ async def test_a_plain_string_is_read_without_an_etag(store: RedisStateStore, ra
     assert item.expires_at is not None
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("SET", "orders||1", "text"),
+        ("HSET", "orders||1", "data", "text"),
+        ("HSET", "orders||1", "data", "text", "version", ""),
+    ],
+)
+async def test_no_transaction_depends_on_a_value_that_could_change_unseen(
+    redis_url: str, raw: redis.Redis, command: tuple[str, ...]
+) -> None:
+    run(raw, *command)
+    address = {"redisHost": urlsplit(redis_url).netloc, "redisDB": urlsplit(redis_url).path.strip("/")}
+    component = Component("statestore", "state.redis", metadata=address)
+    async with (
+        Runtime.open([component], app_id="orders", environment={}) as runtime,
+        runtime.state("statestore").transaction() as transaction,
+    ):
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="no etag"):
+                await transaction.get("1")
+
+
 @pytest.mark.parametrize("command", [("SET", "orders||1", "text"), ("RPUSH", "orders||1", "text")])
 async def test_an_upsert_replaces_what_is_no_hash(
     store: RedisStateStore, raw: redis.Redis, command: tuple[str, ...]
 ) -> None:
     run(raw, *command)
 
-    etags = await apply(store, Upsert("orders||1", b"2"))
+    (etag,) = await apply(store, Upsert("orders||1", b"2"))
 
-    assert etags == ("1",)
-    assert fields_of(raw, "orders||1") == {b"data": b"2", b"version": b"1"}
+    assert fields_of(raw, "orders||1") == {b"data": b"2", b"version": str(etag).encode()}
 
 
 @pytest.mark.parametrize("command", [("RPUSH", "orders||1", "text"), ("HSET", "orders||1", "version", "1")])
@@ -159,8 +218,32 @@ async def test_what_no_store_writes_is_corrupt(
         await store.bulk_get(["orders||2", "orders||1"])
 
 
-@pytest.mark.parametrize("version", ["", "abc", "-1", "1e3", "9" * 16])
-async def test_a_version_that_cannot_be_counted_on_refuses_the_whole_commit(
+@pytest.mark.parametrize("version", ["0", "999999999999999", str(2**53 - 2), str(2**53), "9" * 16, "9" * 400])
+async def test_a_version_can_be_written_over_however_large(
+    store: RedisStateStore, raw: redis.Redis, version: str
+) -> None:
+    run(raw, "HSET", "orders||1", "data", "0", "version", version)
+
+    etags = [etag for _ in range(5) for etag in await apply(store, Upsert("orders||1", b"1"))]
+
+    assert len({version, *etags}) == 6
+
+
+async def test_an_empty_version_is_none(store: RedisStateStore, raw: redis.Redis) -> None:
+    run(raw, "HSET", "orders||1", "data", "0", "version", "")
+
+    item = await store.get("orders||1")
+    with pytest.raises(ETagMismatch):
+        await apply(store, Upsert("orders||1", b"1", concurrency=Concurrency.FIRST_WRITE))
+    (etag,) = await apply(store, Upsert("orders||1", b"1"))
+
+    assert item is not None
+    assert item.etag == ""
+    assert fields_of(raw, "orders||1") == {b"data": b"1", b"version": str(etag).encode()}
+
+
+@pytest.mark.parametrize("version", ["abc", "-1", "1e3", " 1"])
+async def test_a_version_that_is_no_number_refuses_the_whole_commit(
     store: RedisStateStore, raw: redis.Redis, version: str
 ) -> None:
     run(raw, "HSET", "orders||2", "data", "1", "version", version)
@@ -553,14 +636,8 @@ async def test_what_is_not_ours_in_the_place_of_our_keys_refuses_the_whole_commi
     else:
         run(raw, "SET", names.claim("Cart", "leroy"), "text")
         guards = (Guard("Cart", "leroy", "token"),)
-    run(raw, "HSET", "orders||0", "data", "1", "version", "1")
-    mark = Mark(b"m" * 16, timedelta(seconds=10))
 
-    with pytest.raises(CorruptState):
-        await store.transact(Commit((Upsert("orders||1", b"1"), Delete("orders||0")), (RECORD,), (mark,), guards))
-
-    assert run(raw, "EXISTS", "orders||1", names.mark(mark)) == 0
-    assert fields_of(raw, "orders||0") == {b"data": b"1", b"version": b"1"}
+    await assert_corrupt_without_a_trace(store, raw, guards=guards)
 
 
 ALL_DEFERRED = [KeyNames.deferred, KeyNames.deferred_entries, KeyNames.deferred_due]
@@ -610,6 +687,78 @@ async def test_what_is_not_ours_in_the_place_of_what_is_deferred_refuses_a_whole
     assert await store.log.deferred([good]) == before
 
 
+@pytest.mark.parametrize("seq", ["", "abc", "-1", "007", "1.5", str(2**63 - 1)])
+async def test_a_claim_whose_commits_cannot_be_counted_refuses_the_whole_commit(
+    store: RedisStateStore, raw: redis.Redis, seq: str
+) -> None:
+    guard = await store.directory.claim("Cart", "leroy")
+    run(raw, "HSET", KeyNames("orders", "statestore").claim_of(guard), "seq", seq)
+
+    await assert_corrupt_without_a_trace(store, raw, guards=(guard,))
+
+
+@pytest.mark.parametrize("id", ["18446744073709551615-18446744073709551614", "18446744073709551615-1"])
+async def test_a_stream_that_is_at_its_end_refuses_the_whole_commit(
+    store: RedisStateStore, raw: redis.Redis, id: str
+) -> None:
+    for slice in range(16):
+        run(raw, "XADD", KeyNames("orders", "statestore").stream(slice), id, "key", "")
+
+    await assert_corrupt_without_a_trace(store, raw)
+
+
+async def test_a_commit_that_the_server_breaks_off_leaves_no_mark(store: RedisStateStore, raw: redis.Redis) -> None:
+    """Nothing is known that does so, but for a stream whose last id was set by hand."""
+    last = "18446744073709551615-18446744073709551615"
+    for slice in range(16):
+        run(raw, "XADD", KeyNames("orders", "statestore").stream(slice), last, "key", "")
+        run(raw, "XDEL", KeyNames("orders", "statestore").stream(slice), last)
+
+    for _ in range(2):
+        with pytest.raises(OutcomeUnknown):
+            await store.transact(Commit((Upsert("orders||1", b"1"),), (RECORD,), (MARK,)))
+
+    assert run(raw, "EXISTS", "orders||1") == 0
+
+
+async def assert_corrupt_without_a_trace(
+    store: RedisStateStore, raw: redis.Redis, *, guards: tuple[Guard, ...] = ()
+) -> None:
+    """Commit what one of our keys must refuse."""
+    run(raw, "HSET", "orders||0", "data", "1", "version", "1")
+
+    with pytest.raises(CorruptState):
+        await store.transact(
+            Commit((Upsert("orders||1", b"1"), Delete("orders||0")), (RECORD, RECORD), (MARK,), guards)
+        )
+
+    assert run(raw, "EXISTS", "orders||1", KeyNames("orders", "statestore").mark(MARK)) == 0
+    assert fields_of(raw, "orders||0") == {b"data": b"1", b"version": b"1"}
+
+
+OWN_KEYS = ["statecast:orders:statestore:outbox:3", "statecast:", "statecast:billing:statestore:mark:00"]
+
+
+@pytest.mark.parametrize("key", OWN_KEYS)
+@pytest.mark.parametrize("operation", [Upsert("", b"1"), Delete(""), Check("", None)])
+async def test_no_commit_reaches_our_own_keys(
+    store: RedisStateStore, raw: redis.Redis, key: str, operation: Upsert | Delete | Check
+) -> None:
+    """An app that has no prefix before its keys could name them."""
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await apply(store, Upsert("orders||1", b"1"), replace(operation, key=key))
+
+    assert run(raw, "KEYS", "*") == [STREAMS.encode()]
+
+
+@pytest.mark.parametrize("key", OWN_KEYS)
+async def test_no_read_reaches_our_own_keys(store: RedisStateStore, key: str) -> None:
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await store.get(key)
+    with pytest.raises(InvalidRequest, match="statecast:"):
+        await store.bulk_get(["orders||1", key])
+
+
 def test_no_name_reaches_into_the_keys_of_another() -> None:
     assert KeyNames("a:b", "c").stream(1) != KeyNames("a", "b:c").stream(1)
     assert KeyNames("a", "b").claim("C:d", "e") != KeyNames("a", "b").claim("C", "d:e")
@@ -621,4 +770,4 @@ async def test_a_commit_of_many_operations_is_one_commit(store: RedisStateStore)
 
     etags = await store.transact(Commit(tuple(operations)))
 
-    assert etags == ("1",) * 10_000
+    assert None not in etags

@@ -98,6 +98,7 @@ MINUTE = timedelta(minutes=1)
         (FOREVER, {}, HOUR, None),
         (timedelta(0), {}, HOUR, None),
         (None, {"ttlInSeconds": "60"}, HOUR, MINUTE),
+        (None, {"ttlInSeconds": "+060"}, HOUR, MINUTE),
         (None, {"ttlInSeconds": "-1"}, HOUR, None),
         (None, {"ttlInSeconds": "0"}, HOUR, None),
         (None, {"ttlInSeconds": ""}, HOUR, HOUR),
@@ -111,7 +112,9 @@ def test_a_value_lives_as_long_as_it_or_its_component_says(
     assert resolve_ttl(ttl, metadata, default) == expected
 
 
-@pytest.mark.parametrize("text", ["foo", "1.5", "10s", "-5", "2147483648", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["foo", "1.5", "10s", "-5", "2147483648", "9" * 400, "9" * 5_000, "1_000", " 5", "5\n", "٣", "--1", "+"]
+)
 def test_a_time_to_live_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         resolve_ttl(None, {"ttlInSeconds": text}, None)

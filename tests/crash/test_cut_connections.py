@@ -44,6 +44,10 @@ class Database(Protocol):
         """Make a store that is not open yet and reaches the database at `url`."""
         ...
 
+    async def prepare(self, key: str) -> None:
+        """Let the writes of a key that is new be counted."""
+        ...
+
     async def writes(self, keys: Sequence[str]) -> list[int]:
         """Tell how often each of these keys was written; more than twice counts as twice."""
         ...
@@ -55,6 +59,9 @@ class PostgresqlDatabase:
 
     def open(self, url: str) -> StateStore:
         return PostgresqlStateStore(postgresql_store(url), app_id=APP, clock=SystemClock())
+
+    async def prepare(self, key: str) -> None:
+        pass
 
     async def writes(self, keys: Sequence[str]) -> list[int]:
         rows = await self._connection.fetch("select key, updated_at from state where key = any ($1)", keys)
@@ -68,6 +75,9 @@ class RedisDatabase:
 
     def open(self, url: str) -> StateStore:
         return RedisStateStore(redis_store(url), app_id=APP, clock=SystemClock())
+
+    async def prepare(self, key: str) -> None:
+        await self._client.hset(key, "version", "0")
 
     async def writes(self, keys: Sequence[str]) -> list[int]:
         versions = [await self._client.hget(key, "version") for key in keys]
@@ -101,7 +111,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator["Bench"]:
         # A store that reads all of its log itself has nobody to wake: no bytes but those of commits pass the proxy.
         leases = await store.log.acquire("observer", store.log.slices, HOUR)
         bench = Bench(database, proxy, observer, store, leases)
-        await insist(store, bench.new_commit())
+        await insist(store, await bench.new_commit())
         yield bench
 
 
@@ -132,7 +142,7 @@ class Bench:
 
         Then each is repeated as it is until it is applied, or was before.
         """
-        commits = [self.new_commit() for _ in range(plan.together)]
+        commits = [await self.new_commit() for _ in range(plan.together)]
         if plan.is_cold:
             await self.proxy.sever()
         self.proxy.arm(cut)
@@ -145,9 +155,10 @@ class Bench:
             self.told[pair] += 1
         return was_made
 
-    def new_commit(self) -> Commit:
+    async def new_commit(self) -> Commit:
         # All are of one size, and of one slice, so that each byte of one is the same byte of the next.
         key = f"{APP}||order-{len(self.commits):06}"
+        await self.database.prepare(key)
         mark = Mark(sha256(key.encode()).digest()[:16], HOUR)
         record = OutboxRecord(f"{APP}||orders", key, "pubsub", "orders", b"{}")
         self.commits.append(Commit((Upsert(key, b'{"total":250}'),), (record,), (mark,)))

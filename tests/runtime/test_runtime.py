@@ -220,6 +220,14 @@ async def test_a_duplicate_tells_what_the_first_commit_was_answered(runtime: Run
     assert len(first) == 3
 
 
+@pytest.mark.parametrize("key", ["", "payment-\ud83d"])
+async def test_an_idempotency_key_that_is_none_is_refused(runtime: Runtime, key: str) -> None:
+    with pytest.raises(InvalidRequest, match="idempotency key"):
+        await runtime.state("statestore").transact([upsert("a", 1)], idempotency_key=key)
+
+    assert await runtime.state("statestore").get("a") is None
+
+
 async def test_the_list_form_returns_an_etag_for_each_operation(runtime: Runtime) -> None:
     store = runtime.state("statestore")
     etag = await store.set("old", 1)

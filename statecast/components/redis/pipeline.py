@@ -77,31 +77,22 @@ class Pipeline:
 
     def submit(self, packed: bytes) -> Command:
         """Queue a command for this tick's write. Raises NotSent when the pipeline is not open."""
+        command = Command(packed, asyncio.get_running_loop().create_future())
+        self.enqueue(command)
+        return command
+
+    def enqueue(self, *commands: Command) -> None:
+        """Queue commands for this tick's write. Raises NotSent when the pipeline is not open."""
         if self._loop is None:
             raise NotSent("the connection is not open")
-        command = Command(packed, self._loop.create_future())
-        self._queue.append(command)
+        self._queue += commands
         if not self._is_flush_due:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
-        return command
 
     async def call(self, packed: bytes) -> Reply:
-        """Send a command and wait for its reply; an error of the server is a value here. Raises NotSent, Unanswered.
-
-        Cancelled while the command is queued, it is withdrawn. Cancelled when it is sent, it waits for the outcome
-        for a while, so that a caller who is gone has not left something behind that happens later.
-        """
-        command = self.submit(packed)
-        try:
-            return await command.reply
-        except asyncio.CancelledError:
-            _retrieve(command.reply)
-            if command.is_sent and not command.is_answered:
-                command.reply = asyncio.get_running_loop().create_future()
-                command.reply.add_done_callback(_retrieve)
-                await wait_for_settlement(command.reply)
-            raise
+        """Send a command and wait for its reply, as `reply_to`. Raises NotSent, Unanswered."""
+        return await reply_to(self.submit(packed))
 
     async def run(self, script: Script, *arguments: Argument) -> Reply:
         """Run a script; `arguments` are the number of keys, the keys, the rest.
@@ -218,6 +209,23 @@ async def _settled(connection: Connection) -> None:
     replies = [command.reply for command in connection.owed]
     if replies:
         await asyncio.wait(replies, timeout=_CLOSING_PATIENCE)
+
+
+async def reply_to(command: Command) -> Reply:
+    """Wait for the reply to a command; an error of the server is a value here. Raises NotSent, Unanswered.
+
+    Cancelled while the command is queued, it is withdrawn. Cancelled when it is sent, it waits for the outcome for a
+    while, so that a caller who is gone has not left something behind that happens later.
+    """
+    try:
+        return await command.reply
+    except asyncio.CancelledError:
+        _retrieve(command.reply)
+        if command.is_sent and not command.is_answered:
+            command.reply = asyncio.get_running_loop().create_future()
+            command.reply.add_done_callback(_retrieve)
+            await wait_for_settlement(command.reply)
+        raise
 
 
 def _retrieve(reply: asyncio.Future[Reply]) -> None:

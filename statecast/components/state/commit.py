@@ -80,10 +80,17 @@ class Delete(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None."""
+    """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None.
+
+    An etag of `""` is an InvalidRequest: whether a value without a version has changed, nobody can tell.
+    """
 
     key: str
     etag: ETag | None
+
+    def __post_init__(self) -> None:
+        if self.etag == "":
+            raise InvalidRequest(f"a commit cannot depend on the value at {self.key!r}: it has no etag")
 
 
 Operation = Upsert | Delete | Check
@@ -115,6 +122,8 @@ class Mark(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if len(self.digest) != 16:
             raise InvalidRequest(f"a mark is a digest of 16 bytes, not of {len(self.digest)}")
+        if self.ttl <= timedelta(0):
+            raise InvalidRequest(f"a mark holds for some time, not for {self.ttl}")
 
 
 class Guard(msgspec.Struct, frozen=True):

@@ -9,6 +9,8 @@ from statecast.errors import InvalidRequest
 
 SEPARATOR: Final = "||"
 
+_HAS_NO_UTF8: Final = "must not contain a lone surrogate, which has no UTF-8"
+
 
 @dataclass(frozen=True, slots=True)
 class KeyPrefix:
@@ -36,6 +38,12 @@ def check_key(key: str) -> None:
         raise InvalidRequest(f"input key/keyPrefix '{_shown(key)}' can't contain '{SEPARATOR}'")
     if (reason := _unstorable(key)) is not None:
         raise InvalidRequest(f"key {key!r} {reason}")
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Raise InvalidRequest where `text` has a lone surrogate, which no store can keep; `what` it is goes before it."""
+    if not _has_utf8(text):
+        raise InvalidRequest(f"{what} {text!r} {_HAS_NO_UTF8}")
 
 
 def key_prefix(component: Component, *, app_id: str, namespace: str = "") -> KeyPrefix:
@@ -73,11 +81,15 @@ def _prefix(fields: MetadataReader, name: str, app_id: str, namespace: str) -> s
 def _unstorable(text: str) -> str | None:
     if "\0" in text:
         return "must not contain NUL, which PostgreSQL cannot keep in text"
+    return None if _has_utf8(text) else _HAS_NO_UTF8
+
+
+def _has_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "must not contain a lone surrogate, which has no UTF-8"
-    return None
+        return False
+    return True
 
 
 def _shown(text: str) -> str:

@@ -33,7 +33,7 @@ class StateStore(Protocol):
     async def get(self, key: str) -> Item | None:
         """Read the live value at `key`; None where there is none or it has expired by the database's clock.
 
-        Raises StoreUnavailable, CorruptState.
+        Raises StoreUnavailable, CorruptState, and InvalidRequest for a key that has no UTF-8.
         """
         ...
 
@@ -59,8 +59,9 @@ class StateStore(Protocol):
         (or, for a check, was). A commit of nothing is `()` and needs no round trip; one of marks, guards or records
         alone is a commit like any other.
 
-        Raises Fenced, ETagMismatch, Duplicate, CorruptState, StoreUnavailable: then nothing was written; and
-        OutcomeUnknown, when the connection broke or the time ran out after the commit was sent.
+        Raises Fenced, ETagMismatch, Duplicate, CorruptState, InvalidRequest, StoreUnavailable: then nothing was
+        written; and OutcomeUnknown, when the connection broke or the time ran out after the commit was sent. A key
+        or a record that has no UTF-8 is an InvalidRequest. A time to live may reach beyond the calendar.
 
         Cancelled while it is still queued, the commit is withdrawn. Cancelled once it is sent, it waits for the
         outcome, 2 s at most, before CancelledError goes on. It is never sent twice.

@@ -1,5 +1,6 @@
 """From what a caller has in hands to the values of a commit: JSON or bytes, and a time to live."""
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,9 @@ from statecast.components.state.commit import Concurrency, Consistency, Delete, 
 from statecast.errors import InvalidRequest
 
 TTL_METADATA = "ttlInSeconds"
+_SECONDS = re.compile(r"[+-]?[0-9]{1,12}")
+"""What Go's strconv.ParseInt takes; more digits are too many seconds in any case."""
+
 FOREVER = timedelta(seconds=-1)
 """The time to live that overrides a component's default: the value does not expire."""
 
@@ -89,10 +93,9 @@ def _ttl_of(metadata: Mapping[str, str]) -> timedelta | None:
     text = metadata.get(TTL_METADATA, "")
     if not text:
         return None
-    try:
-        return timedelta(seconds=int(text))
-    except (ValueError, OverflowError):
-        raise InvalidRequest(f"metadata {TTL_METADATA!r} takes a whole number of seconds, not {text!r}") from None
+    if not _SECONDS.fullmatch(text):
+        raise InvalidRequest(f"metadata {TTL_METADATA!r} takes a whole number of seconds, not {text!r}")
+    return timedelta(seconds=int(text))
 
 
 def _plain(value: Any) -> Any:

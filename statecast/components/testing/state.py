@@ -27,6 +27,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from statecast.components.state.commit import (
     Check,
@@ -62,7 +63,15 @@ from statecast.components.testing.log import (
     take_over,
 )
 from statecast.components.testing.model import Lane
-from statecast.errors import Duplicate, ETagMismatch, Fenced, OutcomeUnknown, StatecastError, StoreUnavailable
+from statecast.errors import (
+    Duplicate,
+    ETagMismatch,
+    Fenced,
+    InvalidRequest,
+    OutcomeUnknown,
+    StatecastError,
+    StoreUnavailable,
+)
 
 
 class StateStoreContract:
@@ -221,6 +230,35 @@ class StateStoreContract:
 
         assert values(await store.bulk_get(keys)) == [key.encode() for key in keys]
 
+    @pytest.mark.parametrize("kind", ["upsert", "delete", "check"])
+    async def test_a_key_that_has_no_utf8_refuses_the_whole_commit(self, store: StateStore, kind: str) -> None:
+        operations = [Upsert("orders||1", b"1"), CONDITIONED[kind](LONE_SURROGATE, None)]
+
+        await assert_refused_without_a_trace(
+            store, InvalidRequest, operations, watched=["orders||1"], marks=[new_mark()]
+        )
+
+    async def test_a_key_that_has_no_utf8_cannot_be_asked_for(self, store: StateStore) -> None:
+        with pytest.raises(InvalidRequest):
+            await store.get(LONE_SURROGATE)
+        with pytest.raises(InvalidRequest):
+            await store.bulk_get(["orders||1", LONE_SURROGATE])
+
+    @pytest.mark.parametrize("field", ["order_key", "event_id", "pubsub", "topic", "metadata"])
+    async def test_a_record_that_has_no_utf8_refuses_the_whole_commit(self, store: StateStore, field: str) -> None:
+        text = {"name": LONE_SURROGATE} if field == "metadata" else LONE_SURROGATE
+        record = replace(new_record("orders||1"), **{field: text})
+        mark = new_mark()
+
+        with pytest.raises(InvalidRequest):
+            await store.transact(
+                commit(Upsert("orders||1", b"1"), records=[new_record("orders||1"), record], marks=[mark])
+            )
+
+        assert await store.get("orders||1") is None
+        assert await drain(store.log) == []
+        assert await is_applied(store, commit(marks=[mark]))
+
     # What a commit answers
 
     async def test_a_commit_of_nothing_answers_nothing(self, store: StateStore) -> None:
@@ -332,6 +370,12 @@ class StateStoreContract:
         assert accepted == []
         assert await value_of(store, "orders||1") == b"1"
 
+    async def test_an_etag_that_has_no_utf8_is_a_mismatch(self, store: StateStore) -> None:
+        await put(store, "orders||1", b"1")
+
+        for make in CONDITIONED.values():
+            assert await is_refused(store, "orders||1", make("orders||1", LONE_SURROGATE))
+
     async def test_a_mismatch_names_key_and_expected_etag(self, store: StateStore) -> None:
         await put(store, "orders||1", b"1")
 
@@ -350,6 +394,31 @@ class StateStoreContract:
         await store.transact(commit(Upsert("orders||1", b"2", concurrency=Concurrency.FIRST_WRITE)))
 
         assert await value_of(store, "orders||1") == b"2"
+
+    @pytest.mark.parametrize("end", ["deleted", "expired"])
+    @pytest.mark.parametrize("kind", ["upsert", "delete", "check"])
+    async def test_an_etag_of_a_value_that_ended_does_not_fit_the_one_that_follows(
+        self, store: StateStore, end: str, kind: str
+    ) -> None:
+        (ended,) = await store.transact(commit(Upsert("orders||1", b"1", ttl=self.short_ttl)))
+        if end == "deleted":
+            await store.transact(commit(Delete("orders||1")))
+        await until_absent(store, "orders||1")
+        await put(store, "orders||1", b"2")
+
+        assert await is_refused(store, "orders||1", CONDITIONED[kind]("orders||1", ended))
+
+    async def test_no_etag_comes_again_however_often_a_key_is_made_anew(self, store: StateStore) -> None:
+        seen: list[ETag | None] = []
+        for _ in range(50):
+            answers = await asyncio.gather(
+                store.transact(commit(Upsert("orders||1", b"1"))),
+                store.transact(commit(Upsert("orders||1", b"2"))),
+                store.transact(commit(Delete("orders||1"))),
+            )
+            seen += [etag for answer in answers for etag in answer if etag]
+
+        assert len(set(seen)) == len(seen) == 100
 
     async def test_conditions_on_a_repeated_key_speak_of_the_state_before(self, store: StateStore) -> None:
         before = await put(store, "orders||1", b"1")
@@ -737,6 +806,17 @@ class StateStoreContract:
 
         await until_absent(store, "orders||2")
         assert await value_of(store, "orders||1") == b"2"
+
+    async def test_a_value_and_a_mark_may_outlive_the_calendar(self, store: StateStore) -> None:
+        mark = Mark(uuid4().bytes, timedelta.max)
+        answer = await store.transact(commit(Upsert("orders||1", b"1", ttl=timedelta.max), marks=[mark]))
+
+        item = await store.get("orders||1")
+
+        assert item is not None
+        assert item.expires_at is None or item.expires_at.year > 9_000
+        assert await store.bulk_get(["orders||1"]) == [item]
+        assert await first_answer(store, commit(marks=[mark])) == answer
 
     async def test_a_key_that_expired_can_be_written_again_and_stays(self, store: StateStore) -> None:
         await store.transact(commit(Upsert("orders||1", b"1", ttl=self.short_ttl)))
@@ -1152,6 +1232,8 @@ BROKEN: dict[str, Callable[[str], Operation]] = {
     "stale check": lambda key: Check(key, ETag("stale")),
     "absent check": lambda key: Check(key, None),
 }
+
+LONE_SURROGATE = "orders||\ud83d"
 
 FIRST_WRITE_OF_TAKEN = Upsert("orders||taken", b"2", concurrency=Concurrency.FIRST_WRITE)
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from statecast.clock import Clock
 from statecast.components.state.commit import OutboxRecord
+from statecast.components.state.keys import check_unicode
 from statecast.components.state.log import (
     DEFAULT_SLICES,
     Batch,
@@ -156,17 +157,26 @@ class MemoryOutboxLog:
     def slices(self) -> int:
         return len(self._slices)
 
-    def append(self, records: Sequence[OutboxRecord], created_at: datetime) -> None:
-        """Append the records of one commit, in their order, and wake who waits for some."""
-        for record in records:
-            number = slice_of(record.order_key, self.slices)
-            # The caller keeps its mapping and may change it.
-            row = next(self._numbers)
-            entry = LogEntry(number, str(row), replace(record, metadata=dict(record.metadata)), created_at)
-            self._slices[number].rows.append((row, entry))
-        if records:
+    def rows_of(self, records: Sequence[OutboxRecord], created_at: datetime) -> list[_Row]:
+        """Make the rows of one commit's records, in their order. Raises InvalidRequest for text that has no UTF-8."""
+        return [self._row_of(record, created_at) for record in records]
+
+    def append(self, rows: Sequence[_Row]) -> None:
+        """Append what `rows_of` made, and wake who waits for some."""
+        for row in rows:
+            self._slices[row[1].slice].rows.append(row)
+        if rows:
             self._appended.set()
             self._appended = asyncio.Event()
+
+    def _row_of(self, record: OutboxRecord, created_at: datetime) -> _Row:
+        for text in (record.order_key, record.event_id, record.pubsub, record.topic, *chain(*record.metadata.items())):
+            check_unicode("the text of an event", text)
+        number = next(self._numbers)
+        slice = slice_of(record.order_key, self.slices)
+        # The caller keeps its mapping and may change it.
+        kept = replace(record, metadata=dict(record.metadata))
+        return number, LogEntry(slice, str(number), kept, created_at)
 
     async def heartbeat(self, owner: str, ttl: timedelta) -> int:
         self._lifetime.require_open()

@@ -26,6 +26,7 @@ from statecast.components.state.commit import (
     collapse,
     etags_after,
 )
+from statecast.components.state.keys import check_unicode
 from statecast.components.state.memory.directory import MemoryDirectory
 from statecast.components.state.memory.expiring import Expiring
 from statecast.components.state.memory.lifetime import Lifetime
@@ -71,15 +72,20 @@ class MemoryStateStore:
 
     async def get(self, key: str) -> Item | None:
         self._lifetime.require_open()
+        check_unicode("key", key)
         return self._items.get(key, self._clock.now())
 
     async def bulk_get(self, keys: Sequence[str]) -> list[Item | None]:
         self._lifetime.require_open()
+        for key in keys:
+            check_unicode("key", key)
         now = self._clock.now()
         return [self._items.get(key, now) for key in keys]
 
     async def transact(self, commit: Commit) -> tuple[ETag | None, ...]:
         self._lifetime.require_open()
+        for operation in commit.operations:
+            check_unicode("key", operation.key)
         now = self._clock.now()
         self._check_marks(commit, now)
         self._check_guards(commit)
@@ -112,6 +118,7 @@ class MemoryStateStore:
         items = {write.key: self._item(write, now) for change in changes if isinstance(write := change.write, Upsert)}
         marks = {mark.digest: _after(now, mark.ttl) for mark in commit.marks}
         answer = etags_after(commit.operations, _etags(items))
+        rows = self._log.rows_of(commit.records, now)
 
         for change in changes:
             if isinstance(change.write, Delete):
@@ -120,7 +127,7 @@ class MemoryStateStore:
             self._items.put(item.key, item, item.expires_at)
         for digest, ends_at in marks.items():
             self._marks.put(digest, answer, ends_at)
-        self._log.append(commit.records, now)
+        self._log.append(rows)
         return answer
 
     def _item(self, upsert: Upsert, now: datetime) -> Item:

@@ -22,7 +22,7 @@ from statecast.components.state.commit import (
     etags_after,
 )
 from statecast.components.state.log import LogEntry, slice_of
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import KeyNames, state_key
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
 
 _ONLY_CHECK: Final = 0
@@ -31,6 +31,9 @@ _DELETE: Final = 2
 
 _NEVER: Final = ()
 """A condition that no version fulfils: to the server it is an empty table, and a version is text."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_END_OF_THE_CALENDAR: Final = datetime.max.replace(tzinfo=UTC)
 
 _LARGEST_ARGUMENT = 511 * 1024 * 1024
 """Redis' proto-max-bulk-len is 512 MiB: more than that, and the server drops the connection. What is left is for the
@@ -62,7 +65,7 @@ class EncodedCommit:
 
 
 def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit:
-    """Bring a commit to keys and one argument. Raises InvalidRequest when it is too large."""
+    """Bring a commit to keys and one argument. Raises InvalidRequest for a key that is none or for its size."""
     contradiction = None
     answers: list[int | str | bool] = []
     try:
@@ -78,7 +81,7 @@ def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit
     argument = pack(
         (
             operations,
-            [_milliseconds(max(mark.ttl, timedelta(milliseconds=1))) for mark in commit.marks],
+            [_milliseconds(mark.ttl) for mark in commit.marks],
             [guard.token for guard in commit.guards],
             len(written_slices),
             events,
@@ -87,7 +90,7 @@ def encode_commit(commit: Commit, names: KeyNames, slices: int) -> EncodedCommit
     )
     if len(argument) > _LARGEST_ARGUMENT:
         raise InvalidRequest(f"a commit of {len(argument)} bytes is more than a Redis server takes in one command")
-    keys = [change.key for change in changes]
+    keys = [state_key(change.key) for change in changes]
     keys += map(names.mark, commit.marks)
     keys += map(names.claim_of, commit.guards)
     keys += map(names.stream, written_slices)
@@ -148,7 +151,11 @@ def decode_entry(slice: int, id: str, head: bytes, body: bytes) -> LogEntry:
 
 
 def from_milliseconds(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds // 1000, UTC) + timedelta(milliseconds=milliseconds % 1000)
+    """Tell the moment so many milliseconds after 1970; what is beyond the calendar is its end."""
+    try:
+        return _EPOCH + timedelta(milliseconds=milliseconds)
+    except OverflowError:
+        return _END_OF_THE_CALENDAR
 
 
 def _encode_change(change: KeyChange) -> tuple[Any, ...]:
@@ -192,7 +199,7 @@ def _encode_records(records: Sequence[OutboxRecord], slices: int) -> tuple[tuple
 
 def _milliseconds(ttl: timedelta) -> str:
     # As text: the server's Lua would turn a large number into floating point notation.
-    return str(-(-ttl // timedelta(milliseconds=1)))
+    return str(-(ttl // -timedelta(milliseconds=1)))
 
 
 def _refusal(reply: Reply, commit: Commit, encoded: EncodedCommit) -> StatecastError:

@@ -14,17 +14,33 @@ A queue is `9:orders||1,3:bus,6:orders,`: order key, pub/sub component and topic
 it. The first of them is the `<order key>` above, the other two are the `<topic>`.
 """
 
+from typing import Final
 from urllib.parse import quote
 
 from statecast.components.state.commit import Guard, Mark
+from statecast.components.state.keys import check_unicode
 from statecast.components.state.log import DeferredQueue, Topic
+from statecast.errors import InvalidRequest
+
+_OURS: Final = "statecast:"
+
+
+def state_key(key: str) -> str:
+    """Give the key of a state as it is.
+
+    Raises InvalidRequest for one that has no UTF-8, or is our own: an app without a prefix to its keys could name it.
+    """
+    check_unicode("key", key)
+    if key.startswith(_OURS):
+        raise InvalidRequest(f"key {key!r} begins with {_OURS!r}, as only our own keys do")
+    return key
 
 
 class KeyNames:
     """The keys of one (app id, component); neither name can be made to reach into another one's keys."""
 
     def __init__(self, app_id: str, component: str) -> None:
-        self._prefix = f"statecast:{quote(app_id, safe='')}:{quote(component, safe='')}:"
+        self._prefix = f"{_OURS}{quote(app_id, safe='')}:{quote(component, safe='')}:"
         self.registry = f"{self._prefix}outbox"
         self.relays = f"{self._prefix}relays"
         self.rehearsal = f"{self._prefix}rehearsal"

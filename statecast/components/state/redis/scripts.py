@@ -20,6 +20,18 @@ local commit = cmsgpack.unpack(ARGV[1])
 local operations, marks, tokens, streams, events = commit[1], commit[2], commit[3], commit[4], commit[5]
 local n, m, g = #operations, #marks, #tokens
 
+-- A key's first version is the time in microseconds: a key that is deleted, or expires, and comes back has no version
+-- again that it had, since nobody writes it once in a microsecond. Above 2^53 Lua rounds, so counting begins anew.
+local now
+local function version_after(current)
+  if current and tonumber(current) < 2 ^ 53 then return string.format('%d', current + 1) end
+  if not now then
+    local time = redis.call('TIME')
+    now = string.format('%d', time[1] * 1000000 + time[2])
+  end
+  return now
+end
+
 for i = 1, m do
   if redis.call('EXISTS', KEYS[n + i]) == 1 then
     local answered = redis.pcall('GET', KEYS[n + i])
@@ -27,9 +39,12 @@ for i = 1, m do
   end
 end
 for i = 1, g do
-  local token = redis.pcall('HGET', KEYS[n + m + i], 'token')
-  if type(token) == 'table' then return {'corrupt', n + m + i, 'no claim'} end
-  if token ~= tokens[i] then return {'fenced', i} end
+  local held = redis.pcall('HMGET', KEYS[n + m + i], 'token', 'seq')
+  if held.err then return {'corrupt', n + m + i, 'no claim'} end
+  if held[1] ~= tokens[i] then return {'fenced', i} end
+  if held[2] and not (#held[2] <= 15 and string.find(held[2], '^[1-9]%d*$')) then
+    return {'corrupt', n + m + i, 'a count of commits that is no number'}
+  end
 end
 local result, is_foreign, is_marked = {'ok'}, {}, {}
 for i = 1, n do
@@ -37,6 +52,7 @@ for i = 1, n do
   local held = redis.pcall('HMGET', KEYS[i], 'version', 'first-write')
   local current = held[1] or false
   if held.err then current, is_foreign[i] = false, true end
+  if current == '' then current = false end
   local expected = operation[1]
   if expected == true then
     if current or redis.call('EXISTS', KEYS[i]) == 1 then return {'etag', i} end
@@ -45,29 +61,22 @@ for i = 1, n do
   end
   result[i + 1] = false
   if operation[2] == 1 then
-    if not current then
-      result[i + 1] = '1'
-    elseif #current <= 15 and string.find(current, '^%d+$') then
-      result[i + 1] = string.format('%d', current + 1)
-    else
-      return {'corrupt', i, 'a version that is no number'}
-    end
+    if current and not string.find(current, '^%d+$') then return {'corrupt', i, 'a version that is no number'} end
+    result[i + 1] = version_after(current)
     is_marked[i] = not is_foreign[i] and held[2]
   end
 end
 local before = n + m + g
 for i = before + 1, before + streams do
-  local kind = redis.call('TYPE', KEYS[i]).ok
-  if kind ~= 'stream' and kind ~= 'none' then return {'corrupt', i, 'a value of type ' .. kind} end
+  local last = redis.pcall('XRANGE', KEYS[i], '18446744073709551615', '+', 'COUNT', 1)
+  if last.err then return {'corrupt', i, 'a value of type ' .. redis.call('TYPE', KEYS[i]).ok} end
+  if last[1] then return {'corrupt', i, 'a stream that is at its end'} end
 end
 
-if m > 0 then
-  local answers = commit[6]
-  for i = 1, #answers do
-    if type(answers[i]) == 'number' then answers[i] = result[answers[i] + 1] end
-  end
-  local answered = cmsgpack.pack(answers)
-  for i = 1, m do redis.call('SET', KEYS[n + i], answered, 'PX', marks[i]) end
+-- Events first: only a stream whose last id was set by hand can still refuse one, and a full server refuses them.
+for i = 1, #events do
+  local event = events[i]
+  redis.call('XADD', KEYS[before + event[1]], '*', 'head', event[2], 'body', event[3])
 end
 for i = 1, g do redis.call('HINCRBY', KEYS[n + m + i], 'seq', 1) end
 for i = 1, n do
@@ -87,9 +96,14 @@ for i = 1, n do
     redis.call('DEL', key)
   end
 end
-for i = 1, #events do
-  local event = events[i]
-  redis.call('XADD', KEYS[before + event[1]], '*', 'head', event[2], 'body', event[3])
+-- Marks last: whatever may break the script off, none tells of half a commit.
+if m > 0 then
+  local answers = commit[6]
+  for i = 1, #answers do
+    if type(answers[i]) == 'number' then answers[i] = result[answers[i] + 1] end
+  end
+  local answered = cmsgpack.pack(answers)
+  for i = 1, m do redis.call('SET', KEYS[n + i], answered, 'PX', marks[i]) end
 end
 return result
 """)

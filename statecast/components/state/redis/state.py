@@ -1,7 +1,7 @@
 """The state store on Redis, in Dapr's layout: a hash with `data` and `version` under the full key."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from types import TracebackType
@@ -18,8 +18,9 @@ from statecast.components.state.commit import Commit, Consistency, ETag, Item, U
 from statecast.components.state.redis.database import Database
 from statecast.components.state.redis.directory import RedisDirectory
 from statecast.components.state.redis.encoding import decode_commit, decode_item, encode_commit
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import KeyNames, state_key
 from statecast.components.state.redis.log import RedisOutboxLog
+from statecast.components.state.redis.replication import Replication
 from statecast.components.state.redis.scripts import COMMIT, READ, REHEARSE
 from statecast.errors import ComponentError, StoreUnavailable
 
@@ -32,7 +33,8 @@ class RedisStateStore:
     """State, outbox log and claims in one Redis database; a commit is one script, and as durable as the server is.
 
     The commits and reads of one tick of the event loop leave in one write on one connection. A commit with a strong
-    upsert goes over a connection of its own, where it waits until the replicas have it that were there at the start.
+    upsert goes over a connection of its own, where it waits, together with others, until the replicas have it that were
+    there at the start.
     """
 
     def __init__(self, component: Component, *, app_id: str, clock: Clock) -> None:
@@ -46,7 +48,8 @@ class RedisStateStore:
         self._replicated = Pipeline(
             settings, read_timeout=(settings.read_timeout + _REPLICATION_PATIENCE).total_seconds()
         )
-        self._database = Database(self._shared, self._replicated)
+        self._replication = Replication(self._replicated)
+        self._database = Database(self._shared, self._replication)
         self._log = RedisOutboxLog(self._database, self._names, settings, clock)
         self._directory = RedisDirectory(self._database, self._names)
         self._open = AsyncExitStack()
@@ -75,14 +78,14 @@ class RedisStateStore:
 
     async def get(self, key: str) -> Item | None:
         """Read the live value at `key`; a plain string, which another program wrote, comes with etag `""`."""
-        found = await self._database.ask(READ, 1, key)
+        found = await self._database.ask(READ, 1, state_key(key))
         return decode_item(key, found[0])
 
     async def bulk_get(self, keys: Sequence[str]) -> list[Item | None]:
         """Read several keys at one moment; one answer per key asked for."""
         if not keys:
             return []
-        found = await self._database.ask(READ, len(keys), *keys)
+        found = await self._database.ask(READ, len(keys), *map(state_key, keys))
         return [decode_item(key, one) for key, one in zip(keys, found, strict=True)]
 
     async def transact(self, commit: Commit) -> tuple[ETag | None, ...]:
@@ -98,7 +101,7 @@ class RedisStateStore:
         return etags
 
     def _waits_for_replicas(self, commit: Commit) -> bool:
-        return self._database.replicas > 0 and any(
+        return self._replication.replicas > 0 and any(
             isinstance(operation, Upsert) and operation.consistency is Consistency.STRONG
             for operation in commit.operations
         )
@@ -118,13 +121,9 @@ class RedisStateStore:
         facts = parse_info(await self._database.command("INFO"))
         if problem := _find_eviction(facts):
             raise ComponentError(problem)
-        if facts.get("aof_enabled") == "0":
-            logger.warning(
-                "%s: the server keeps no append-only file: what was committed since its last snapshot is lost"
-                " when it ends",
-                self._described,
-            )
-        self._database.replicas = int(facts.get("connected_slaves", "0"))
+        for loss in _find_losses(facts):
+            logger.warning("%s: %s", self._described, loss)
+        self._replication.replicas = int(facts.get("connected_slaves", "0"))
         for script in (COMMIT, READ):
             await self._database.command("SCRIPT", "LOAD", script.source)
         await self._database.ask(REHEARSE, 1, self._names.rehearsal)
@@ -135,3 +134,16 @@ def _find_eviction(facts: Mapping[str, str]) -> str | None:
     if not policy.startswith("allkeys-"):
         return None
     return f"the server's maxmemory-policy is {policy}, which throws state and events away; set noeviction"
+
+
+def _find_losses(facts: Mapping[str, str]) -> Iterator[str]:
+    """Tell what a server with these facts may lose, though it can be used."""
+    if facts.get("aof_enabled") == "0":
+        yield "the server keeps no append-only file: what was committed since its last snapshot is lost when it ends"
+    policy = facts.get("maxmemory_policy", "")
+    if policy.startswith("volatile-"):
+        yield (
+            f"the server's maxmemory-policy is {policy}, which throws away what expires when memory is short: a commit"
+            " that is repeated with its idempotency key may be applied again, values with a time to live end before"
+            " it; set noeviction"
+        )

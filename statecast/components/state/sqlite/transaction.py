@@ -20,6 +20,7 @@ from statecast.components.state.commit import (
     Guard,
     Mark,
     Operation,
+    OutboxRecord,
     Upsert,
     collapse,
     etags_after,
@@ -127,7 +128,7 @@ def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog
         _mark_rows(commit.marks, changes.etags, log) if commit.marks else [],
         commit.guards,
         changes,
-        [record_row(record, log.slices) for record in commit.records],
+        _record_rows(commit.records, log),
     )
 
 
@@ -140,6 +141,13 @@ def _answer(etags: Any) -> list[str | None] | None:
 def _mark_rows(marks: Sequence[Mark], etags: tuple[ETag | None, ...], log: RegisteredLog) -> list[MarkRow]:
     answer = orjson.dumps(etags).decode()
     return [(log.number, mark.digest, mark.ttl.total_seconds(), answer) for mark in marks]
+
+
+def _record_rows(records: Sequence[OutboxRecord], log: RegisteredLog) -> list[RecordRow]:
+    try:
+        return [record_row(record, log.slices) for record in records]
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InvalidRequest(f"an event cannot be written: {error}") from error
 
 
 def _changes(operations: tuple[Operation, ...], random: Random) -> Changes:
