@@ -110,15 +110,12 @@ return result
 
 READ: Final = Script("""
 -- KEYS: state keys; returns for each: false, {data, version, expiry in milliseconds or -1}, or {what it holds}
-local now
 local function expiry(key)
-  local left = redis.call('PTTL', key)
-  if left < 0 then return -1 end
-  if not now then
-    local time = redis.call('TIME')
-    now = time[1] * 1000 + math.floor(time[2] / 1000)
-  end
-  return now + left
+  local at = redis.pcall('PEXPIRETIME', key)
+  if type(at) == 'number' then return at end
+  -- Before Redis 7.0 only what is left is told, which is a millisecond more or less from one reading to the next.
+  local left, time = redis.call('PTTL', key), redis.call('TIME')
+  return left < 0 and -1 or time[1] * 1000 + math.floor(time[2] / 1000) + left
 end
 local found = {}
 for i = 1, #KEYS do
