@@ -8,6 +8,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import settings
 
 from statecast.runtime.server_answers import run_redis, run_sql
 from statecast.runtime.servers import (
@@ -19,6 +20,10 @@ from statecast.runtime.servers import (
     Servers,
     Variant,
 )
+
+# A machine that is busy is no finding.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 _SERVERS = pytest.StashKey[Servers]()
 _BEGAN = pytest.StashKey[float]()

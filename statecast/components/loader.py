@@ -1,5 +1,6 @@
 """From component files to components: the rim where files are read."""
 
+import os
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -67,7 +68,12 @@ def _read_text(file: Path) -> str:
 
 
 def _declared_in(source: Source) -> Iterable[Manifest | Component]:
-    return [source] if isinstance(source, Component) else read_manifests(Path(source))
+    if isinstance(source, Component):
+        return [source]
+    path = os.fspath(source)
+    if not path or "\0" in path:
+        raise ComponentError(f"components are read from a folder or a file, which {path!r} does not name")
+    return read_manifests(Path(path))
 
 
 def _is_known(component: Component, registry: Registry) -> bool:

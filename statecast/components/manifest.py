@@ -202,18 +202,31 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    """Give a scalar's text, the pairs of `\\u` escapes in it joined as JSON joins them: PyYAML leaves two halves."""
+    text = str(loader.construct_scalar(node))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
+# A document of another kind may have tags of its own, as `!Ref`; in a component no field takes what has one.
+_TAGGED: Final = object()
+_Loader.add_constructor(None, lambda loader, node: _TAGGED)
+
+
 def _parse_document(document: _Document, place: str) -> object:
-    if document.text.lstrip().startswith("{"):
+    content = _NO_CONTENT.sub("", document.text, count=1)
+    if content.lstrip().startswith("{"):
         try:
-            # JSON first: YAML takes neither JSON's tabs nor its pairs of \u escapes.
-            return json.loads(document.text)
+            # JSON first: YAML does not take its tabs.
+            return json.loads(content)
         except (ValueError, RecursionError):
             pass  # a YAML flow mapping begins so too
     try:
         return yaml.load(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
         what = _where_and_what(error, document.first_line)
-    except ValueError:
+    except (ValueError, LookupError, AttributeError):  # PyYAML's, for `!!int x`, `!!bool x` and `!!timestamp x`
         what = ": a value is not what its tag says"
     except RecursionError:
         what = ": it is nested too deep"
@@ -221,9 +234,14 @@ def _parse_document(document: _Document, place: str) -> object:
     raise ComponentError(f"{place}{what}; YAML or JSON is expected")
 
 
+# A password that begins with `*` or `!` and has no quotes is read as a name, which the parser's error quotes.
+_QUOTED_WORD: Final = re.compile(r"'[\w!-]+'")
+
+
 def _where_and_what(error: yaml.YAMLError, first_line: int) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {first_line + error.problem_mark.line}: {error.problem}"
+        problem = _QUOTED_WORD.sub("'…'", error.problem or "")
+        return f", line {first_line + error.problem_mark.line}: {problem}"
     reason = getattr(error, "reason", None)
     return f": {reason}" if reason else ""
 

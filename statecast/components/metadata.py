@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final, Literal, NamedTuple
 
+from statecast.components.address import Address, parse_address
 from statecast.components.duration import parse_duration
 from statecast.components.manifest import Component, describe
 from statecast.errors import ComponentError
@@ -35,6 +36,8 @@ BROKER_FIELDS: Final = frozenset({"allowedTopics", "publishingScopes", "subscrip
 
 _TRUE: Final = frozenset({"y", "yes", "true", "t", "on", "1"})
 _FALSE: Final = frozenset({"n", "no", "false", "f", "off", "0"})
+_TEXT: Final = re.compile(r"[^\0\ud800-\udfff]*")
+"""What every driver can take: UTF-8 has no half of a surrogate pair, and C no NUL."""
 _WHOLE_NUMBER: Final = re.compile(r"[+-]?[0-9]{1,40}")
 _SECRET_ENDINGS: Final = (
     "password",
@@ -68,7 +71,8 @@ class _Given(NamedTuple):
 class MetadataReader:
     """Hands out a component's metadata field by field; `finish` warns about what nobody asked for.
 
-    Names match in any case, so the same name in two spellings is an error. An empty value counts as not given.
+    Names match in any case, so the same name in two spellings is an error, as is a value of a component made by hand
+    that is no text. An empty value counts as not given.
     Every reading method raises ComponentError, which names the field and what it takes, and its value unless that
     may be secret: the component says so, or the field's name does.
     """
@@ -82,6 +86,10 @@ class MetadataReader:
         """Give the field's value, or that of the first of `aliases` that has one."""
         given = self._find(name, aliases)
         return default if given is None else given.value
+
+    def trimmed_text(self, name: str) -> str | None:
+        """Give the field's value without the blanks around it; only blanks count as not given."""
+        return (self.text(name) or "").strip() or None
 
     def required_text(self, name: str, *, aliases: Iterable[str] = ()) -> str:
         aliases = tuple(aliases)
@@ -144,6 +152,20 @@ class MetadataReader:
             raise self.error(given.name, f"takes one of {', '.join(choices)}")
         return chosen
 
+    def addresses(self, name: str, *, default_port: int, default: str | None = None) -> tuple[Address, ...]:
+        """Give the servers that the field names, with commas between them; it is required unless there is a default."""
+        text = self.required_text(name) if default is None else self.text(name) or default
+        try:
+            return tuple(parse_address(each, default_port, self.stand_in(name)) for each in text.split(","))
+        except ValueError:
+            # What is no address may be a URL with a password.
+            expectation = "takes host or host:port, or several with commas between"
+            raise self.error(name, expectation, shows_value=False) from None
+
+    def is_given(self, name: str) -> bool:
+        """Tell whether the field is there at all, be it with an empty value."""
+        return name.lower() in self._given
+
     def unsupported(self, *names: str) -> None:
         """Name fields that Dapr knows and this version does not act on: a warning for each one that is given."""
         for name in names:
@@ -161,12 +183,16 @@ class MetadataReader:
                     name,
                 )
 
-    def error(self, name: str, expectation: str) -> ComponentError:
+    def error(self, name: str, expectation: str, *, shows_value: bool = True) -> ComponentError:
         """Make the error for one field: `a.yaml, document 1: component 'x': redisDB must be 0 or more; it is '-1'`."""
         value = self._given.get(name.lower())
-        is_shown = value and not is_secret_name(name) and name.lower() not in self._component.secret_fields
+        is_shown = shows_value and value and not is_secret_name(name) and self.stand_in(name) is None
         shown = f"; it is {value!r}" if is_shown else ""
         return ComponentError(f"{describe(self._component)}: {name} {expectation}{shown}")
+
+    def stand_in(self, name: str) -> str | None:
+        """Give what messages have in place of a value that the component calls secret: `<redisHost>`; else None."""
+        return f"<{name}>" if name.lower() in self._component.secret_fields else None
 
     def _find(self, name: str, aliases: Iterable[str] = ()) -> _Given | None:
         names = (name, *aliases)
@@ -180,5 +206,7 @@ def _by_lower_name(component: Component) -> dict[str, str]:
         if name.lower() in given:
             # dapr/kit metadata/utils.go: duplicate after lower-casing
             raise ComponentError(f"{describe(component)}: {name} is given twice, in different spellings; give one")
+        if not isinstance(value, str) or not _TEXT.fullmatch(value):
+            raise ComponentError(f"{describe(component)}: {name} must be text, without NUL and lone surrogates")
         given[name.lower()] = value
     return given

@@ -150,6 +150,9 @@ class _Resolver:
                 value = _environment_value(at, variable, self._environment)
             case SecretKeyRef():
                 value = _secret_value(at, source, self._store(at, manifest.secret_store))
+        if manifest.type.startswith("pubsub.") and "{namespace}" in value:
+            # dapr pkg/runtime/meta/meta.go ContainsNamespace
+            logger.warning("%s has {namespace}: Dapr puts it before every topic then, which is not supported yet", at)
         # dapr pkg/runtime/meta/meta.go: templates are expanded last, in whatever a value came from
         return self._templates.expand(at, value)
 

@@ -1,22 +1,22 @@
-"""Events that the broker refused wait aside, key by key: tried again, at last parked until they are replayed."""
+"""Events that the broker refused wait aside, queue by queue: tried again, at last parked until they are replayed."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from statecast.components.broker.broker import Outcome, Published, Refused
-from statecast.components.state.log import DeferredKey, Failure, LogEntry, OutboxLog
-from statecast.outbox.progress import BackOff, SliceProgress
+from statecast.components.broker.broker import Outcome, Published, Refused, Unknown, Unreachable
+from statecast.components.state.log import DeferredQueue, Failure, LogEntry, QueueProgress, QueueStatus
+from statecast.outbox.progress import BackOff
 from statecast.outbox.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
-BATCH = 1_000
+_Tried = list[tuple[LogEntry, Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
 class RetryOptions:
-    """An event that the broker refuses is tried `max_attempts` times; then its key is parked, and a copy of the event
+    """An event that the broker refuses is tried `max_attempts` times; then its queue is parked, and a copy of the event
     goes to `dead_letter_topic` if there is one."""
 
     max_attempts: int = 10
@@ -36,8 +36,9 @@ class RelayCounts:
 
 
 class DeferredRetry:
-    def __init__(self, log: OutboxLog, publisher: Publisher, options: RetryOptions, counts: RelayCounts) -> None:
-        self._log = log
+    """What becomes of queues that were tried again."""
+
+    def __init__(self, publisher: Publisher, options: RetryOptions, counts: RelayCounts) -> None:
         self._publisher = publisher
         self._options = options
         self._counts = counts
@@ -46,39 +47,42 @@ class DeferredRetry:
         """Make the failure of an event that was refused for the first time."""
         return Failure(1, self._options.back_off.pause(1), reason)
 
-    async def retry(self, key: DeferredKey, progress: SliceProgress) -> bool:
-        """Publish what is aside of a key, in order, up to the first event that is refused again.
+    async def judge(
+        self, queues: Sequence[QueueStatus], entries: Sequence[LogEntry], outcomes: Sequence[Outcome]
+    ) -> list[QueueProgress]:
+        """Tell how far each queue is, of whose first entries these are the outcomes.
 
-        Tell whether the broker answered at all; where it did not, other keys need not be tried now.
+        One that is parked now is told of, and a copy of its first event goes to the dead-letter topic. Queues of which
+        nothing was tried, or whose topic takes nothing, stay as they are.
         """
-        entries = await self._log.read_deferred(key.slice, key.order_key, BATCH)
-        outcomes = await self._publisher.publish(entries)
-        published = [
-            entry.id for entry, outcome in zip(entries, outcomes, strict=True) if isinstance(outcome, Published)
-        ]
-        self._counts.published += len(published)
-        failure = await self._failure(key, entries, outcomes)
-        is_left = await self._log.settle_deferred(progress.settled_lease, key.order_key, published, failure)
-        if not is_left:
-            progress.deferred_keys.discard(key.order_key)
-        return not entries or isinstance(outcomes[0], Published | Refused)
+        tried: dict[DeferredQueue, _Tried] = {}
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            tried.setdefault(DeferredQueue.of(entry), []).append((entry, outcome))
+        progress = [await self._progress(status, tried[status.queue]) for status in queues if status.queue in tried]
+        return [each for each in progress if each is not None]
 
-    async def _failure(
-        self, key: DeferredKey, entries: Sequence[LogEntry], outcomes: Sequence[Outcome]
-    ) -> Failure | None:
-        """Tell how the first event that was not published failed; None where all were."""
-        for index, (entry, outcome) in enumerate(zip(entries, outcomes, strict=True)):
+    async def _progress(self, status: QueueStatus, tried: _Tried) -> QueueProgress | None:
+        published = tuple(entry.id for entry, outcome in tried if isinstance(outcome, Published))
+        self._counts.published += len(published)
+        for index, (entry, outcome) in enumerate(tried):
             if isinstance(outcome, Published):
                 continue
-            attempts = 0 if index else key.attempts
-            if isinstance(outcome, Refused) and not outcome.is_about_topic:
-                return await self._refused(entry, attempts + 1, outcome.reason)
-            return Failure(attempts, self._options.back_off.pause(max(attempts, 1)), outcome.reason)
-        return None
+            if _is_about_topic(outcome) and not published:
+                return None
+            # The attempts that are counted are those of the first entry.
+            failure = await self._failure(entry, outcome, 0 if index else status.attempts)
+            return QueueProgress(status.queue, published, failure)
+        return QueueProgress(status.queue, published, None)
 
-    async def _refused(self, entry: LogEntry, attempts: int, reason: str) -> Failure:
-        if attempts < self._options.max_attempts:
-            return Failure(attempts, self._options.back_off.pause(attempts), reason)
+    async def _failure(self, entry: LogEntry, outcome: Refused | Unreachable | Unknown, attempts: int) -> Failure:
+        if isinstance(outcome, Refused) and not outcome.is_about_topic:
+            attempts += 1
+            if attempts >= self._options.max_attempts:
+                await self._park(entry, attempts, outcome.reason)
+                return Failure(attempts, None, outcome.reason)
+        return Failure(attempts, self._options.back_off.pause(max(attempts, 1)), outcome.reason)
+
+    async def _park(self, entry: LogEntry, attempts: int, reason: str) -> None:
         logger.error(
             "event %s for topic %r was refused %d times, its key %r is parked until it is replayed: %s",
             entry.record.event_id,
@@ -90,4 +94,7 @@ class DeferredRetry:
         self._counts.parked += 1
         if self._options.dead_letter_topic is not None:
             await self._publisher.publish_copy(entry, self._options.dead_letter_topic, reason)
-        return Failure(attempts, None, reason)
+
+
+def _is_about_topic(outcome: Outcome) -> bool:
+    return isinstance(outcome, Refused) and outcome.is_about_topic

@@ -17,11 +17,13 @@ import msgspec
 from statecast.components.state.commit import OutboxRecord
 from statecast.errors import InvalidRequest
 from statecast.pubsub.cloudevent import (
+    DEFAULT_TYPE,
     VALID_ATTRIBUTE_NAME,
     Data,
     TraceContext,
     content_type_of,
     envelope,
+    is_timestamp,
     plain_bytes,
     timestamp,
 )
@@ -31,7 +33,10 @@ logger = logging.getLogger(__name__)
 PARTITION_KEY = "partitionKey"
 
 _PREFIX = "cloudevent."
+_NEVER_LEAVE = (_PREFIX, "outbox.")
 _FIXED = frozenset({"data", "data_base64", "specversion", "topic", "pubsubname"})
+# CloudEvents 1.0 §3.1: these may not be empty, so empty is not given.
+_NEVER_EMPTY = frozenset({"id", "source", "type", "subject", "time", "datacontenttype", "dataschema", "traceparent"})
 _RUNTIME_WORDS = frozenset(
     {
         "__key",
@@ -93,19 +98,20 @@ def render(
 ) -> OutboxRecord:
     """Render one event completely; `key` is the logical state key, `order_key` the full one.
 
-    No data at all is `"data": null`. Raises InvalidRequest for a `rawPayload` that is no boolean.
+    No data at all is `"data": null`. Raises InvalidRequest for a `rawPayload` that is no boolean, a `time` that is
+    none, and text that is no Unicode.
     """
     overrides = overridden_attributes(metadata) if metadata else {}
-    event_id = overrides.pop("id", "") or source.ids.next()
+    event_id = overrides.pop("id", None) or source.ids.next()
     if metadata and is_raw(metadata):
         body = plain_bytes(data) if data else b""
     else:
-        trace = overrides.get("traceparent") or source.trace.traceparent
+        trace = overrides.get("traceparent") or overrides.get("traceid") or source.trace.traceparent
         attributes = {
             "specversion": "1.0",
             "id": event_id,
             "source": source.app_id,
-            "type": type,
+            "type": type or DEFAULT_TYPE,
             "time": timestamp(source.time),
             "datacontenttype": content_type_of(data) if data else "application/json",
             "topic": topic,
@@ -117,10 +123,12 @@ def render(
         if subject:
             attributes["subject"] = subject
         if overrides:
-            attributes |= overrides
-            if not attributes.get("subject", "-"):
-                del attributes["subject"]
-        body = envelope(attributes, data)
+            _require_time(overrides.get("time"))
+            attributes |= overrides | {"traceid": trace, "traceparent": trace}
+        try:
+            body = envelope(attributes, data)
+        except TypeError as error:
+            raise InvalidRequest(f"the event cannot be written: {error}") from error
     partition_key = metadata.get(PARTITION_KEY) or key
     return OutboxRecord(
         order_key, event_id, pubsub, topic, body, {PARTITION_KEY: partition_key} if partition_key else {}
@@ -128,14 +136,24 @@ def render(
 
 
 def overridden_attributes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Find the attributes that an operation's metadata sets; a name with the prefix goes before the bare one."""
+    """Find the attributes that an operation's metadata sets; a name with the prefix goes before the bare one.
+
+    An empty value of one that may not be empty sets nothing: the default stays.
+    """
     bare: dict[str, str] = {}
     prefixed: dict[str, str] = {}
     for name, value in metadata.items():
         attribute = _attribute_of(name)
-        if attribute is not None:
+        if attribute is not None and (value or attribute not in _NEVER_EMPTY):
             (bare if attribute == name else prefixed)[attribute] = value
     return bare | prefixed
+
+
+def content_type_in(metadata: Mapping[str, str]) -> str | None:
+    """Tell the content type that metadata names: `contentType`, else an override of `datacontenttype`."""
+    if not metadata:
+        return None
+    return metadata.get("contentType") or overridden_attributes(metadata).get("datacontenttype")
 
 
 def is_raw(metadata: Mapping[str, str]) -> bool:
@@ -147,6 +165,11 @@ def is_raw(metadata: Mapping[str, str]) -> bool:
     return _RAW_PAYLOAD[text]
 
 
+def _require_time(text: str | None) -> None:
+    if text is not None and not is_timestamp(text):
+        raise InvalidRequest(f"an event's time must be as in RFC 3339, 2026-01-02T03:04:05Z: actual is {text!r}")
+
+
 @lru_cache(maxsize=4096)
 def _attribute_of(metadata_name: str) -> str | None:
     """Tell the attribute that a metadata name sets; None for a word of the runtime, and for what cannot be set.
@@ -155,7 +178,7 @@ def _attribute_of(metadata_name: str) -> str | None:
     """
     lowered = metadata_name.lower()
     name = lowered.removeprefix(_PREFIX) if lowered.startswith(_PREFIX) else metadata_name
-    if not name or name in _FIXED or name.lower() in _RUNTIME_WORDS or name.startswith("outbox."):
+    if not name or name in _FIXED or name.lower() in _RUNTIME_WORDS or name.lower().startswith(_NEVER_LEAVE):
         return None
     if not VALID_ATTRIBUTE_NAME.fullmatch(name):
         logger.warning("%r is no valid CloudEvents attribute name (lower-case letters and digits); sent as it is", name)

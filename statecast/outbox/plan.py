@@ -9,7 +9,7 @@ from statecast.components.manifest import Component
 from statecast.components.metadata import MetadataReader, is_truthy
 from statecast.components.state.commit import Commit, Delete, Mark, Operation, OutboxRecord, Upsert
 from statecast.errors import InvalidRequest
-from statecast.outbox.event import EventSource, render
+from statecast.outbox.event import EventSource, content_type_in, render
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data
 
 PROJECTION = "outbox.projection"
@@ -103,8 +103,7 @@ def plan_commit(
 
 def data_of(upsert: Upsert) -> Data:
     """Tell what an upsert's value is: the content type its metadata names, and whether it is JSON."""
-    content_type = upsert.metadata.get("contentType") or upsert.metadata.get("datacontenttype")
-    return Data(upsert.value, content_type, not upsert.is_binary)
+    return Data(upsert.value, content_type_in(upsert.metadata), not upsert.is_binary)
 
 
 def _without_projections(operations: Sequence[Operation]) -> tuple[tuple[Operation, ...], dict[str, Upsert]]:
@@ -112,11 +111,15 @@ def _without_projections(operations: Sequence[Operation]) -> tuple[tuple[Operati
     persisted: list[Operation] = []
     projections: dict[str, Upsert] = {}
     for operation in operations:
-        if isinstance(operation, Upsert) and operation.metadata and is_truthy(operation.metadata.get(PROJECTION, "")):
+        if isinstance(operation, Upsert) and _is_projection(operation):
             projections.setdefault(operation.key, operation)
         else:
             persisted.append(operation)
     return tuple(persisted), projections
+
+
+def _is_projection(upsert: Upsert) -> bool:
+    return PROJECTION in upsert.metadata and is_truthy(upsert.metadata[PROJECTION])
 
 
 def _require_upserts(
@@ -148,13 +151,14 @@ def _render(
 def _announce(
     announcement: Announcement, outbox: Outbox, source: EventSource, logical_key: Callable[[str], str]
 ) -> OutboxRecord:
+    metadata = dict(announcement.metadata)
     # Without a key no order is promised; an id of its own spreads such events over the slices.
     return render(
         announcement.data,
-        dict(announcement.metadata),
+        metadata,
         source,
         pubsub=outbox.pubsub,
-        topic=announcement.topic or outbox.topic,
+        topic=announcement.topic or metadata.get(TOPIC) or outbox.topic,
         order_key=source.ids.next() if announcement.key is None else announcement.key,
         key=None if announcement.key is None else logical_key(announcement.key),
         type=announcement.type,

@@ -1,5 +1,6 @@
 """Publishing log entries through the brokers they name."""
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,14 +27,23 @@ class Publisher:
         self._timeout = timeout
 
     async def publish(self, entries: Sequence[LogEntry]) -> list[Outcome]:
-        """Publish through the broker each entry names; entries of one broker go in one call, in order."""
-        outcomes: list[Outcome] = [Unreachable("not sent")] * len(entries)
+        """Publish through the broker each entry names; entries of one broker go in one call, in order.
+
+        Brokers are called at the same time, so that one that is slow holds the others' entries no longer than itself.
+        """
         by_pubsub: dict[str, list[int]] = {}
         for index, entry in enumerate(entries):
             by_pubsub.setdefault(entry.record.pubsub, []).append(index)
+        async with asyncio.TaskGroup() as calls:
+            publishing = {
+                pubsub: calls.create_task(
+                    self._publish(pubsub, [message_of(entries[index].record) for index in indexes])
+                )
+                for pubsub, indexes in by_pubsub.items()
+            }
+        outcomes: list[Outcome] = [Unreachable("not sent")] * len(entries)
         for pubsub, indexes in by_pubsub.items():
-            messages = [message_of(entries[index].record) for index in indexes]
-            for index, outcome in zip(indexes, await self._publish(pubsub, messages), strict=True):
+            for index, outcome in zip(indexes, publishing[pubsub].result(), strict=True):
                 outcomes[index] = outcome
         return outcomes
 

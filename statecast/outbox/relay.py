@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from statecast.clock import Clock
-from statecast.components.broker.broker import Broker, Outcome, Published, Unknown, Unreachable
-from statecast.components.state.log import Lease, LogEntry, OutboxLog
+from statecast.components.broker.broker import Broker, Outcome, Published, Refused, Unknown, Unreachable
+from statecast.components.state.log import Lease, LogEntry, OutboxLog, QueueStatus
 from statecast.errors import OutcomeUnknown, StoreUnavailable
 from statecast.outbox.deferred import DeferredRetry, RelayCounts, RetryOptions
-from statecast.outbox.progress import Progress, Refusal, Topic, fair_share
+from statecast.outbox.progress import Progress, Refusal, fair_share
 from statecast.outbox.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
 MOST_RETRIED = 100
-"""So many keys that are aside are tried again in one round, so that the log is read in between."""
+"""So many queues that are aside are tried again in one round, so that the log is read in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,16 @@ class Relay:
         self._clock = clock
         self._options = options or RelayOptions()
         self._publisher = Publisher(brokers, self._options.publish_timeout)
-        self._aside = DeferredRetry(log, self._publisher, self._options.retry, self.counts)
+        self._aside = DeferredRetry(self._publisher, self._options.retry, self.counts)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know of no lease: those of a run before, which ended or crashed, are given back."""
         self._progress = Progress(self._options.retry.back_off)
-        # Leases that are held while the keys aside in them are not known yet.
+        # Leases that are held while the queues aside in them are not known yet.
         self._unlisted: list[Lease] = []
         self._store_failures = 0
+        self._aside_failures = 0
         self._attend_at = 0.0
         self._persist_at = 0.0
         self._trim_at = 0.0
@@ -72,8 +77,9 @@ class Relay:
         """Relay until `stop` is set, then go on until the log is empty, for the drain time at most.
 
         A store or a broker that is away is waited for; nothing of that ends the loop. Leaving gives the leases
-        back, so that another relay goes on at once.
+        back, so that another relay goes on at once. It may be run again, after it crashed too.
         """
+        self._begin()
         try:
             await self._relay_until(stop)
         finally:
@@ -87,7 +93,8 @@ class Relay:
             try:
                 was_busy = await self._round()
                 if not was_busy:
-                    if stop.is_set() and self._progress.next_retry() is None:
+                    # Only a round that began after `stop` was set has seen all that was committed before.
+                    if drain_until is not None and self._progress.next_retry() is None:
                         return
                     await self._rest()
                 self._store_failures = 0
@@ -134,9 +141,9 @@ class Relay:
         if wanted > 0:
             self._unlisted += await self._log.acquire(self._name, wanted, self._options.lease)
         if self._unlisted:
-            # Before anything is read: what belongs to a key that is aside must go aside too.
+            # Before anything is read: what belongs to a queue that is aside must go aside too.
             deferred = await self._log.deferred([lease.slice for lease in self._unlisted])
-            self._progress.add(self._unlisted, deferred)
+            self._progress.add(self._unlisted, [status.queue for status in deferred])
             self._unlisted = []
 
     async def _read(self) -> bool:
@@ -151,12 +158,10 @@ class Relay:
         await self._renew_before_publishing()
         entries = [entry for entry in entries if entry.slice in self._progress.slices]
         outcomes = await self._publisher.publish(entries)
-        now = self._clock.monotonic()
-        newly_blocked = self._progress.note_topics(entries, outcomes, now)
-        refusals = self._progress.settle(entries, outcomes, now)
-        for refusal in refusals:
+        self._note_topics(entries, outcomes)
+        for refusal in self._progress.settle(entries, outcomes, self._clock.monotonic()):
             self._defer(refusal)
-        self._count(entries, outcomes, newly_blocked)
+        self._count(entries, outcomes)
 
     async def _renew_before_publishing(self) -> None:
         # A broker that is slow must not make us a second sender.
@@ -164,11 +169,10 @@ class Relay:
             await self._persist()
 
     def _defer(self, refusal: Refusal) -> None:
-        """Put a refused entry and all behind it of its key aside, so that other keys go on."""
+        """Put a refused entry and all behind it in its queue aside, so that the others go on."""
         failure = self._aside.first_failure(refusal.reason)
         self._progress.slices[refusal.entry.slice].defer(refusal.entry, failure)
         self.counts.deferred += 1
-        self._look_aside_at = 0.0
         logger.warning(
             "relay %s: event %s for topic %r is refused, its key waits aside: %s",
             self._name,
@@ -178,12 +182,16 @@ class Relay:
         )
 
     async def _persist_when_due(self) -> None:
-        is_due = self._progress.has_unpersisted and self._clock.monotonic() >= self._persist_at
-        if is_due or self._progress.deferrals():
+        is_due = self._is_unpersisted and self._clock.monotonic() >= self._persist_at
+        if is_due or self._progress.has_much_aside():
             await self._persist()
         if self._clock.monotonic() >= self._trim_at:
             self._trim_at = self._clock.monotonic() + self._options.trim_every.total_seconds()
             await self._log.trim()
+
+    @property
+    def _is_unpersisted(self) -> bool:
+        return self._progress.has_unpersisted or bool(self._progress.deferrals())
 
     async def _persist(self) -> None:
         """Persist the positions and what is put aside, and renew the leases; drop what is another relay's now."""
@@ -199,30 +207,35 @@ class Relay:
             logger.warning("relay %s: slices %s are another relay's now", self._name, lost)
 
     async def _retry_deferred(self) -> None:
-        """Publish what is aside and due, key by key. Looked at often only while there is any."""
-        slices = self._progress.with_deferred()
-        if not slices or self._clock.monotonic() < self._look_aside_at:
+        """Publish what is aside and due. Looked at often only while there is any."""
+        if not self._progress.with_deferred() or self._clock.monotonic() < self._look_aside_at:
             return
-        keys = await self._log.deferred(slices)
-        due = [key for key in keys if key.is_due]
-        for key in due[:MOST_RETRIED]:
-            await self._renew_before_publishing()
-            if key.slice in self._progress.slices and not await self._aside.retry(
-                key, self._progress.slices[key.slice]
-            ):
-                # The broker is away: the other keys would each wait for its answer in vain, and hold up the log.
-                break
-        else:
-            if len(due) > MOST_RETRIED:
-                return
-        # Parked keys only wait to be replayed by hand, and there may be many to list.
-        pause = self._options.look_aside_every * (10 if all(key.is_parked for key in keys) else 1)
-        self._look_aside_at = self._clock.monotonic() + pause.total_seconds()
+        slices, closed = self._progress.with_deferred(), self._progress.closed(self._clock.monotonic())
+        due = await self._log.due_deferred(slices, MOST_RETRIED, closed)
+        was_heard = not due or await self._retry(due)
+        self._aside_failures = 0 if was_heard else self._aside_failures + 1
+        if len(due) < MOST_RETRIED or not was_heard:
+            pause = self._options.look_aside_every + self._options.retry.back_off.pause(self._aside_failures)
+            self._look_aside_at = self._clock.monotonic() + pause.total_seconds()
+
+    async def _retry(self, due: Sequence[QueueStatus]) -> bool:
+        """Publish the first entries of these queues; tell whether a broker answered."""
+        # What is to go behind a queue must be there before the queue can be found empty.
+        if self._progress.deferrals():
+            await self._persist()
+        await self._renew_before_publishing()
+        queues = [status.queue for status in due if status.queue.slice in self._progress.slices]
+        entries = await self._log.read_deferred(queues, self._options.batch)
+        outcomes = await self._publisher.publish(entries)
+        self._note_topics(entries, outcomes)
+        progress = await self._aside.judge(due, entries, outcomes)
+        self._progress.undefer(await self._log.settle_deferred(self._progress.settled(), progress))
+        return not entries or any(isinstance(outcome, Published | Refused) for outcome in outcomes)
 
     async def _rest(self) -> None:
         now = self._clock.monotonic()
         moments = [now + self._options.idle_wait.total_seconds(), self._attend_at]
-        if self._progress.has_unpersisted:
+        if self._is_unpersisted:
             moments.append(self._persist_at)
         if (retry_at := self._progress.next_retry()) is not None:
             moments.append(retry_at)
@@ -237,16 +250,19 @@ class Relay:
         except (StoreUnavailable, OutcomeUnknown) as error:
             logger.warning("relay %s: leases were not given back, they run out by themselves: %s", self._name, error)
 
-    def _count(self, entries: Sequence[LogEntry], outcomes: Sequence[Outcome], newly_blocked: Sequence[Topic]) -> None:
-        """Count, and tell of what begins to fail; while it goes on failing, ever more rarely."""
-        published = sum(isinstance(outcome, Published) for outcome in outcomes)
-        self.counts.published += published
-        self.counts.failed += len(entries) - published
-        for pubsub, topic in newly_blocked:
+    def _note_topics(self, entries: Sequence[LogEntry], outcomes: Sequence[Outcome]) -> None:
+        """Note which topics take nothing; one error tells of it, until they take something again."""
+        for pubsub, topic in self._progress.note_topics(entries, outcomes, self._clock.monotonic()):
             reason = self._progress.blocked[pubsub, topic].reason
             logger.error(
                 "relay %s: topic %r of %r takes nothing, its events wait: %s", self._name, topic, pubsub, reason
             )
+
+    def _count(self, entries: Sequence[LogEntry], outcomes: Sequence[Outcome]) -> None:
+        """Count, and tell of what begins to fail; while it goes on failing, ever more rarely."""
+        published = sum(isinstance(outcome, Published) for outcome in outcomes)
+        self.counts.published += published
+        self.counts.failed += len(entries) - published
         waiting = {
             (outcome.reason, self._progress.slices[entry.slice].failures): entry
             for entry, outcome in zip(entries, outcomes, strict=True)

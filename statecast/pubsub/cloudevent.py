@@ -7,7 +7,6 @@ right; its parser reads in the tests what leaves.
 import base64
 import builtins
 import re
-from binascii import Error as Base64Error
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -20,7 +19,13 @@ T = TypeVar("T")
 DEFAULT_TYPE = "com.dapr.event.sent"  # dapr pkg/runtime/pubsub, the type of every wrapped event
 MEDIA_TYPE = "application/cloudevents+json"
 
+_BYTES = frozenset({"application/octet-stream", "application/cloudevents+protobuf", "application/x-protobuf"})
+
 VALID_ATTRIBUTE_NAME = re.compile(r"[a-z0-9]+")  # CloudEvents 1.0 §3.1
+
+_TIMESTAMP = re.compile(  # RFC 3339 §5.6
+    r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII | re.IGNORECASE
+)
 
 
 class TraceContext(msgspec.Struct, frozen=True):
@@ -122,7 +127,7 @@ def data_member(data: Data) -> tuple[str, Any]:
     if media_type == "application/json" and (data.is_json or _is_json(data.body)):
         return "data", orjson.Fragment(data.body)
     body = plain_bytes(data)
-    if media_type in {"application/octet-stream", "application/cloudevents+protobuf"}:
+    if media_type in _BYTES:
         return "data_base64", base64.b64encode(body).decode()
     return "data", body.decode(errors="replace")
 
@@ -144,7 +149,20 @@ def timestamp(moment: datetime) -> str:
     """Write a time as RFC 3339 in UTC, to the millisecond: `2026-01-02T03:04:05.678Z`."""
     if moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
-    return moment.isoformat("T", "milliseconds").replace("+00:00", "Z")
+    # Several times as fast as `isoformat`; there is no fraction in it where that is 0.
+    text: str = msgspec.to_builtins(moment)
+    return f"{text[:23]}Z" if moment.microsecond else f"{text[:19]}.000Z"
+
+
+def is_timestamp(text: str) -> bool:
+    """Tell whether it is a time as RFC 3339 writes it; a leap second, which few programs can read, is none."""
+    if not _TIMESTAMP.fullmatch(text):
+        return False
+    try:
+        datetime.fromisoformat(text.upper())
+    except ValueError:
+        return False
+    return True
 
 
 def _is_json(body: bytes) -> bool:
@@ -158,5 +176,5 @@ def _is_json(body: bytes) -> bool:
 def _decoded(encoded: str) -> str | bytes:
     try:
         return base64.b64decode(encoded, validate=True)
-    except Base64Error:
+    except ValueError:  # also of text that is not ASCII, which binascii.Error does not cover
         return encoded

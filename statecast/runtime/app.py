@@ -16,21 +16,19 @@ from msgspec import structs
 from statecast.clock import Clock, SystemClock
 from statecast.components.broker.broker import Broker, Published
 from statecast.components.loader import Source, load
-from statecast.components.metadata import MetadataReader
 from statecast.components.registry import Registry, installed
-from statecast.components.state.keys import KeyPrefix, key_prefix
-from statecast.components.state.log import DeferredKey, OutboxLog, SliceStatus
+from statecast.components.state.log import OutboxLog, QueueStatus, SliceStatus
 from statecast.components.state.value import encode, with_content_type
 from statecast.errors import InvalidRequest, NotSupported, PublishFailed
 from statecast.outbox.deferred import RelayCounts
-from statecast.outbox.event import EventIds, EventSource, render
+from statecast.outbox.event import EventIds, EventSource, content_type_in, render
 from statecast.outbox.plan import Outbox
 from statecast.outbox.progress import message_of
 from statecast.outbox.relay import Relay, RelayOptions
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
 from statecast.pubsub.subscription import Handler, Subscription
-from statecast.runtime.opening import OpenComponents, OpenState, open_components
-from statecast.runtime.state import StateClient, StateSettings
+from statecast.runtime.opening import OpenComponents, OpenState, Surroundings, open_components
+from statecast.runtime.state import StateClient
 from statecast.runtime.supervisor import Run, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -63,19 +61,20 @@ class Runtime:
         supervisor: Supervisor,
         *,
         app_id: str,
-        namespace: str,
         clock: Clock,
         options: RuntimeOptions,
     ) -> None:
         self.app_id = app_id
         self._components = components
         self._supervisor = supervisor
-        self._namespace = namespace
         self._clock = clock
         self._options = options
         self._outbox_ids = EventIds("outbox")
         self._event_ids = EventIds("event")
-        self._clients = {name: self._client_of(state) for name, state in components.states.items()}
+        self._clients = {
+            name: StateClient(state.store, state.settings, ids=self._outbox_ids, clock=clock)
+            for name, state in components.states.items()
+        }
         self._relays: dict[str, Relay] = {}
         self._subscriptions: dict[str, list[Subscription]] = {name: [] for name in components.brokers}
 
@@ -103,17 +102,11 @@ class Runtime:
         environment = os.environ if environment is None else environment
         loaded = await asyncio.to_thread(load, components, app_id, environment, registry=registry)
         async with AsyncExitStack() as stack:
-            opened = await open_components(loaded, stack, app_id=app_id, registry=registry, clock=clock)
+            surroundings = Surroundings(app_id, environment.get("NAMESPACE", ""), registry, clock)
+            opened = await open_components(loaded, stack, surroundings)
             consumers = await stack.enter_async_context(Supervisor(clock, deadline=options.close))
             relays = await stack.enter_async_context(Supervisor(clock, deadline=options.close))
-            runtime = Runtime(
-                opened,
-                consumers,
-                app_id=app_id,
-                namespace=environment.get("NAMESPACE", ""),
-                clock=clock,
-                options=options,
-            )
+            runtime = Runtime(opened, consumers, app_id=app_id, clock=clock, options=options)
             if options.relays:
                 runtime._start_relays(relays)
             yield runtime
@@ -144,7 +137,7 @@ class Runtime:
         body, is_binary = encode(data)
         metadata = with_content_type(metadata, content_type)
         record = render(
-            Data(body, metadata.get("contentType"), is_json=not is_binary),
+            Data(body, content_type_in(metadata), is_json=not is_binary),
             metadata,
             EventSource(self.app_id, self._clock.now(), trace or TraceContext(), self._event_ids),
             pubsub=pubsub,
@@ -188,26 +181,29 @@ class Runtime:
         """Tell how far the relaying of a store's outbox is, slice by slice. Raises InvalidRequest, StoreUnavailable."""
         return await self._log_of(store).status()
 
-    async def outbox_deferred(self, store: str) -> list[DeferredKey]:
-        """List the keys whose events the broker refused, those due first first, parked ones last.
+    async def outbox_deferred(self, store: str) -> list[QueueStatus]:
+        """List the keys whose events a broker refused, by topic: those due first first, parked ones last.
 
         An event that was published without a key waits under a name of its own. Raises InvalidRequest,
         StoreUnavailable.
         """
-        log, keys = self._log_of(store), self._keys_of(store)
+        log, keys = self._log_of(store), self._state_named(store).settings.keys
         found = await log.deferred(range(log.slices))
-        return [structs.replace(each, order_key=keys.logical_key(each.order_key)) for each in found]
+        return [
+            structs.replace(each, queue=structs.replace(each.queue, order_key=keys.logical_key(each.queue.order_key)))
+            for each in found
+        ]
 
     async def outbox_replay(self, store: str, key: str | None = None) -> int:
         """Let relays try parked keys again (all, or this one as `outbox_deferred` names it); return how many they are.
 
-        Raises InvalidRequest, StoreUnavailable.
+        A key that is parked for two topics counts twice. Raises InvalidRequest, StoreUnavailable.
         """
         log = self._log_of(store)
         if key is None:
             return await log.replay()
         # What has no key of the app, or one under an earlier prefix, is named as it stands.
-        return await log.replay(self._keys_of(store).text + key) or await log.replay(key)
+        return await log.replay(self._state_named(store).settings.keys.text + key) or await log.replay(key)
 
     def relay_counts(self, store: str) -> RelayCounts | None:
         """Tell what this process's relay of a store has done; None where it runs none."""
@@ -216,17 +212,17 @@ class Runtime:
 
     def _start_relays(self, supervisor: Supervisor) -> None:
         for name, state in self._components.states.items():
-            if state.outbox is None:
+            if (outbox := state.settings.outbox) is None:
                 continue
             relay = Relay(
                 state.store.log,
                 self._components.brokers,
                 name=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
                 clock=self._clock,
-                options=_relay_options(self._options.relay, state.outbox),
+                options=_relay_options(self._options.relay, outbox),
             )
             self._relays[name] = relay
-            supervisor.start(f"outbox relay of {name!r}", self._after_subscriptions(relay, state.outbox.pubsub))
+            supervisor.start(f"outbox relay of {name!r}", self._after_subscriptions(relay, outbox.pubsub))
 
     def _after_subscriptions(self, relay: Relay, pubsub: str) -> Run:
         """Let the relay wait for the subscriptions made at the start: a broker that keeps nothing would drop what
@@ -242,24 +238,9 @@ class Runtime:
 
         return run
 
-    def _client_of(self, state: OpenState) -> StateClient:
-        fields = MetadataReader(state.component, ())
-        seconds = fields.integer("ttlInSeconds", default=0, minimum=-1)
-        settings = StateSettings(
-            name=state.component.name,
-            app_id=self.app_id,
-            keys=self._keys_of(state.component.name),
-            outbox=state.outbox,
-            default_ttl=timedelta(seconds=seconds) if seconds > 0 else None,
-        )
-        return StateClient(state.store, settings, ids=self._outbox_ids, clock=self._clock)
-
-    def _keys_of(self, store: str) -> KeyPrefix:
-        return key_prefix(self._state_named(store).component, app_id=self.app_id, namespace=self._namespace)
-
     def _log_of(self, store: str) -> OutboxLog:
         state = self._state_named(store)
-        if state.outbox is None:
+        if state.settings.outbox is None:
             raise InvalidRequest(f"state store {store!r} has no outbox: outboxPublishPubsub is not set")
         return state.store.log
 

@@ -1,6 +1,7 @@
 """The command line: `statecast demo`, `statecast migrate`, `statecast outbox`, `statecast servers`."""
 
 import sys
+from collections.abc import Iterator
 from typing import IO
 
 import click
@@ -10,7 +11,6 @@ from statecast.errors import StatecastError
 from statecast.runtime.demo import DemoBroker, DemoStore, run_demo, sample_path
 from statecast.runtime.migrate_command import migrate
 from statecast.runtime.outbox_command import outbox
-from statecast.runtime.servers import ServerFailed, ServerMissing
 from statecast.runtime.servers_command import servers
 
 
@@ -44,7 +44,8 @@ def demo(context: click.Context, store: str, broker: str, source: IO[str] | None
     Servers that are needed are started unless STATECAST_TEST_POSTGRESQL_URL, STATECAST_TEST_REDIS_URL or
     STATECAST_TEST_KAFKA_BOOTSTRAP name some.
 
-    The exit code is 0; 1 when something was lost or out of order; 3 when malformed lines were left out.
+    The exit code is 0; 1 when something was lost or out of order, or --crash killed nothing; 3 when malformed lines
+    were left out.
     """
     with source or sample_path().open(encoding="utf-8") as lines:
         context.exit(run_demo(DemoStore(store), DemoBroker(broker), lines, rate=rate, crash=crash, console=Console()))
@@ -56,12 +57,24 @@ command_line.add_command(servers)
 
 
 def main() -> None:
-    """Run the command line; an error on purpose is one line on standard error and exit code 1."""
+    """Run the command line; an error on purpose is one line on standard error and exit code 1.
+
+    Of a group, which is what a task group raises, each error that says something else is a line.
+    """
     try:
         command_line()
-    except (StatecastError, ServerMissing, ServerFailed) as error:
-        click.echo(f"statecast: {error}", err=True)
-        sys.exit(1)
+    except* StatecastError as group:
+        for message in dict.fromkeys(_messages(group)):
+            click.echo(f"statecast: {message}", err=True)
+    sys.exit(1)  # click has exited by itself where there was no error
+
+
+def _messages(error: Exception) -> Iterator[str]:
+    if not isinstance(error, ExceptionGroup):
+        yield str(error)
+        return
+    for each in error.exceptions:
+        yield from _messages(each)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from statecast.components.loader import load
 from statecast.components.manifest import Component, describe
 from statecast.components.registry import STATE_CATEGORY, installed
 from statecast.components.state.migratable import Migratable
-from statecast.errors import InvalidRequest
+from statecast.errors import ComponentError, InvalidRequest, StatecastError
 
 
 @click.command()
@@ -28,7 +28,10 @@ def migrate(resources_path: Path, app_id: str, name: str | None, prints: bool) -
     """
     stores = [component for component in load(resources_path, app_id, os.environ) if _is_state(component)]
     for component in _chosen(stores, name):
-        asyncio.run(_migrate(component, app_id, prints=prints))
+        try:
+            asyncio.run(_migrate(component, app_id, prints=prints))
+        except StatecastError as error:
+            raise ComponentError(f"{describe(component)}: cannot be migrated: {error}") from error
 
 
 async def _migrate(component: Component, app_id: str, *, prints: bool) -> None:

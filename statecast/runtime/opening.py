@@ -1,31 +1,31 @@
 """Opening components: state stores and brokers, each within its time, closed in reverse order."""
 
 import asyncio
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 from statecast.clock import Clock
 from statecast.components.broker.broker import Broker
-from statecast.components.manifest import Component, describe
+from statecast.components.manifest import Component, describe, leaving_out_broken
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
 from statecast.components.registry import BROKER_CATEGORY, STATE_CATEGORY, Registry
+from statecast.components.state.keys import key_prefix
 from statecast.components.state.store import StateStore
+from statecast.components.state.value import LONGEST_TTL
 from statecast.errors import ComponentError, StatecastError
-from statecast.outbox.plan import Outbox, parse_outbox
-
-logger = logging.getLogger(__name__)
+from statecast.outbox.plan import parse_outbox
+from statecast.runtime.state import StateSettings
 
 Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True, slots=True)
 class OpenState:
-    component: Component
     store: StateStore
-    outbox: Outbox | None
+    settings: StateSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +36,62 @@ class OpenComponents:
     brokers: dict[str, Broker] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What components are opened with; `namespace` is the NAMESPACE of the environment."""
+
+    app_id: str
+    namespace: str
+    registry: Registry
+    clock: Clock
+
+
 async def open_components(
-    components: Iterable[Component], stack: AsyncExitStack, *, app_id: str, registry: Registry, clock: Clock
+    components: Iterable[Component], stack: AsyncExitStack, surroundings: Surroundings
 ) -> OpenComponents:
-    """Open every state store and broker on `stack`, in order.
+    """Open every broker on `stack`, then every state store, whose outbox needs one of them; each kind in order.
 
     Raises ComponentError for one that cannot be made or opened within its `initTimeout`; with `ignoreErrors` it is
     left out with a warning instead.
     """
     opened = OpenComponents()
-    for component in components:
-        try:
-            await _open(component, opened, stack, app_id, registry, clock)
-        except ComponentError as error:
-            if not component.ignore_errors:
-                raise
-            logger.warning("left out: %s", error)
-    for state in opened.states.values():
-        _require_broker(state, opened)
+    for component in sorted(components, key=_is_state_store):
+        with leaving_out_broken(ignore_errors=component.ignore_errors):
+            if _is_state_store(component):
+                opened.states[component.name] = await _open_state(component, opened.brokers, stack, surroundings)
+            elif component.type.lower().startswith(BROKER_CATEGORY):
+                opened.brokers[component.name] = await _open_broker(component, stack, surroundings)
     return opened
 
 
-async def _open(
-    component: Component,
-    opened: OpenComponents,
-    stack: AsyncExitStack,
-    app_id: str,
-    registry: Registry,
-    clock: Clock,
-) -> None:
-    if component.type.startswith(STATE_CATEGORY):
-        _refuse_encryption(component)
-        outbox = parse_outbox(component)
-        store = registry.state_store(component, app_id=app_id, clock=clock)
-        opened.states[component.name] = OpenState(component, await _entered(store, component, stack), outbox)
-    elif component.type.startswith(BROKER_CATEGORY):
-        MetadataReader(component, ()).unsupported(*sorted(BROKER_FIELDS))
-        broker = registry.broker(component, app_id=app_id, clock=clock)
-        opened.brokers[component.name] = await _entered(broker, component, stack)
+def _is_state_store(component: Component) -> bool:
+    return component.type.lower().startswith(STATE_CATEGORY)
+
+
+async def _open_state(
+    component: Component, brokers: Mapping[str, Broker], stack: AsyncExitStack, surroundings: Surroundings
+) -> OpenState:
+    fields = MetadataReader(component, ())
+    fields.unsupported("actorStateStore")
+    _refuse_encryption(fields)
+    settings = StateSettings(
+        name=component.name,
+        app_id=surroundings.app_id,
+        keys=key_prefix(component, app_id=surroundings.app_id, namespace=surroundings.namespace),
+        outbox=parse_outbox(component),
+        default_ttl=_default_ttl(fields),
+    )
+    if settings.outbox is not None and settings.outbox.pubsub not in brokers:
+        loaded = ", ".join(sorted(brokers)) or "none"
+        raise fields.error("outboxPublishPubsub", f"names no pub/sub component that is loaded (loaded: {loaded})")
+    store = surroundings.registry.state_store(component, app_id=surroundings.app_id, clock=surroundings.clock)
+    return OpenState(await _entered(store, component, stack), settings)
+
+
+async def _open_broker(component: Component, stack: AsyncExitStack, surroundings: Surroundings) -> Broker:
+    MetadataReader(component, ()).unsupported(*sorted(BROKER_FIELDS))
+    broker = surroundings.registry.broker(component, app_id=surroundings.app_id, clock=surroundings.clock)
+    return await _entered(broker, component, stack)
 
 
 async def _entered(
@@ -89,21 +107,17 @@ async def _entered(
         raise ComponentError(f"{describe(component)}: cannot be opened: {error}") from error
 
 
-def _refuse_encryption(component: Component) -> None:
-    fields = MetadataReader(component, ())
-    fields.unsupported("actorStateStore")
+def _refuse_encryption(fields: MetadataReader) -> None:
     for name in ("primaryEncryptionKey", "secondaryEncryptionKey"):
-        if fields.text(name) is not None:
-            raise ComponentError(
-                f"{describe(component)}: {name}: automatic encryption is not supported yet, "
-                "and values are not stored in plain text instead; remove the field to do so"
+        # A key that its secret or variable left empty must not turn encryption off without a word.
+        if fields.is_given(name):
+            raise fields.error(
+                name,
+                "cannot be given: automatic encryption is not supported yet, and values are not stored in plain text "
+                "instead; remove the field to do so",
             )
 
 
-def _require_broker(state: OpenState, opened: OpenComponents) -> None:
-    if state.outbox is not None and state.outbox.pubsub not in opened.brokers:
-        loaded = ", ".join(sorted(opened.brokers)) or "none"
-        raise ComponentError(
-            f"{describe(state.component)}: outboxPublishPubsub names {state.outbox.pubsub!r}, "
-            f"which is no pub/sub component that is loaded (loaded: {loaded})"
-        )
+def _default_ttl(fields: MetadataReader) -> timedelta | None:
+    seconds = fields.integer("ttlInSeconds", default=0, minimum=-1, maximum=LONGEST_TTL // timedelta(seconds=1))
+    return timedelta(seconds=seconds) if seconds > 0 else None

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from statecast.components.state.log import DeferredKey, SliceStatus
+from statecast.components.state.log import QueueStatus, SliceStatus
 from statecast.runtime.app import Runtime, RuntimeOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
@@ -40,15 +40,18 @@ def _store_options(command: _Command) -> _Command:
 @outbox.command()
 @_store_options
 def status(resources_path: Path, app_id: str, name: str, as_json: bool) -> None:
-    """Show how far the relaying is: pending events, the oldest one's age, and each slice's owner and position."""
+    """Show how far the relaying is: pending events, the oldest one's age, and each slice's owner and position.
 
-    async def ask() -> list[SliceStatus]:
+    Events that a broker refused, or that are for a topic which takes nothing, wait aside and are counted by themselves.
+    """
+
+    async def ask() -> tuple[list[SliceStatus], list[QueueStatus]]:
         async with _opened(resources_path, app_id) as runtime:
-            return await runtime.outbox_status(name)
+            return await runtime.outbox_status(name), await runtime.outbox_deferred(name)
 
-    slices = asyncio.run(ask())
+    slices, aside = asyncio.run(ask())
     now = datetime.now(UTC)
-    _show(status_document(slices, now) if as_json else status_table(slices, now))
+    _show(status_document(slices, aside, now) if as_json else status_table(slices, aside, now))
 
 
 @outbox.command()
@@ -57,13 +60,13 @@ def status(resources_path: Path, app_id: str, name: str, as_json: bool) -> None:
 def parked(resources_path: Path, app_id: str, name: str, as_json: bool, with_retried: bool) -> None:
     """Show the keys whose events the broker refused so often that they wait for `replay`, and why."""
 
-    async def ask() -> list[DeferredKey]:
+    async def ask() -> list[QueueStatus]:
         async with _opened(resources_path, app_id) as runtime:
             return await runtime.outbox_deferred(name)
 
-    keys = [key for key in asyncio.run(ask()) if key.is_parked or with_retried]
+    queues = [each for each in asyncio.run(ask()) if each.is_parked or with_retried]
     now = datetime.now(UTC)
-    _show(deferred_document(keys, now) if as_json else deferred_table(keys, now))
+    _show(deferred_document(queues, now) if as_json else deferred_table(queues, now))
 
 
 @outbox.command()
@@ -99,11 +102,16 @@ def _show(shown: dict[str, object] | Table | str) -> None:
             click.echo(shown)
 
 
-def status_document(slices: Sequence[SliceStatus], now: datetime) -> dict[str, object]:
+def status_document(slices: Sequence[SliceStatus], aside: Sequence[QueueStatus], now: datetime) -> dict[str, object]:
     """Describe an outbox in plain values; ages are seconds, None where nothing is pending."""
     return {
         "pending": sum(each.pending for each in slices),
         "oldestAge": max((age for each in slices if (age := _age(each.oldest_at, now)) is not None), default=None),
+        "aside": {
+            "pending": sum(each.pending for each in aside),
+            "oldestAge": max((_age(each.oldest_at, now) for each in aside), default=None),
+            "parked": sum(each.is_parked for each in aside),
+        },
         "slices": [
             {
                 "slice": each.slice,
@@ -118,11 +126,11 @@ def status_document(slices: Sequence[SliceStatus], now: datetime) -> dict[str, o
     }
 
 
-def status_table(slices: Sequence[SliceStatus], now: datetime) -> Table:
-    pending = sum(each.pending for each in slices)
-    ages = [age for each in slices if (age := _age(each.oldest_at, now)) is not None]
-    oldest = f", the oldest for {max(ages):.1f} s" if ages else ""
-    table = Table("slice", "owner", "epoch", "pending", "oldest", "position", title=f"{pending:,} pending{oldest}")
+def status_table(slices: Sequence[SliceStatus], aside: Sequence[QueueStatus], now: datetime) -> Table:
+    title = _told("pending", slices, now) + (
+        f"; {_told('aside', aside, now)}: see outbox parked --all" if aside else ""
+    )
+    table = Table("slice", "owner", "epoch", "pending", "oldest", "position", title=title)
     for each in slices:
         age = _age(each.oldest_at, now)
         shown_age = "" if age is None else f"{age:.1f} s"
@@ -132,35 +140,44 @@ def status_table(slices: Sequence[SliceStatus], now: datetime) -> Table:
     return table
 
 
-def deferred_document(keys: Sequence[DeferredKey], now: datetime) -> dict[str, object]:
-    """Describe keys that are put aside in plain values; ages are seconds."""
+def _told(what: str, statuses: Sequence[SliceStatus] | Sequence[QueueStatus], now: datetime) -> str:
+    ages = [age for each in statuses if (age := _age(each.oldest_at, now)) is not None]
+    oldest = f", the oldest for {max(ages):.1f} s" if ages else ""
+    return f"{sum(each.pending for each in statuses):,} {what}{oldest}"
+
+
+def deferred_document(queues: Sequence[QueueStatus], now: datetime) -> dict[str, object]:
+    """Describe keys that are put aside, by topic, in plain values; ages are seconds."""
     return {
-        "parked": sum(each.is_parked for each in keys),
-        "pending": sum(each.pending for each in keys),
+        "parked": sum(each.is_parked for each in queues),
+        "pending": sum(each.pending for each in queues),
         "keys": [
             {
-                "key": each.order_key,
-                "slice": each.slice,
+                "key": each.queue.order_key,
+                "pubsub": each.queue.pubsub,
+                "topic": each.queue.topic,
+                "slice": each.queue.slice,
                 "isParked": each.is_parked,
                 "pending": each.pending,
                 "attempts": each.attempts,
                 "oldestAge": _age(each.oldest_at, now),
                 "reason": each.reason,
             }
-            for each in keys
+            for each in queues
         ],
     }
 
 
-def deferred_table(keys: Sequence[DeferredKey], now: datetime) -> Table:
-    parked = sum(each.is_parked for each in keys)
-    retried = f", {len(keys) - parked:,} tried again" if len(keys) > parked else ""
+def deferred_table(queues: Sequence[QueueStatus], now: datetime) -> Table:
+    parked = sum(each.is_parked for each in queues)
+    retried = f", {len(queues) - parked:,} tried again" if len(queues) > parked else ""
     title = f"{parked:,} {_keys(parked)} parked{retried}"
-    table = Table("key", "waits for", "events", "attempts", "oldest", "reason", title=title)
-    for each in keys:
+    table = Table("key", "topic", "waits for", "events", "attempts", "oldest", "reason", title=title)
+    for each in queues:
         # Keys and reasons come from elsewhere: as text, so that their brackets are no markup.
         table.add_row(
-            Text(each.order_key),
+            Text(each.queue.order_key),
+            Text(f"{each.queue.topic} of {each.queue.pubsub}"),
             "replay" if each.is_parked else "a retry",
             f"{each.pending:,}",
             str(each.attempts),
@@ -174,5 +191,9 @@ def _keys(count: int) -> str:
     return "key" if count == 1 else "keys"
 
 
+@overload
+def _age(moment: datetime, now: datetime) -> float: ...
+@overload
+def _age(moment: datetime | None, now: datetime) -> float | None: ...
 def _age(moment: datetime | None, now: datetime) -> float | None:
     return None if moment is None else max((now - moment).total_seconds(), 0.0)

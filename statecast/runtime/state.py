@@ -26,7 +26,7 @@ from statecast.components.state.keys import KeyPrefix
 from statecast.components.state.store import StateStore
 from statecast.components.state.value import delete, encode, resolve_ttl, upsert, with_content_type
 from statecast.errors import CorruptState, Duplicate, ETagMismatch, InvalidRequest
-from statecast.outbox.event import EventIds, EventSource
+from statecast.outbox.event import EventIds, EventSource, content_type_in
 from statecast.outbox.plan import Announcement, Outbox, plan_commit
 from statecast.pubsub.cloudevent import DEFAULT_TYPE, Data, TraceContext
 
@@ -120,10 +120,8 @@ class Transaction:
         """
         body, is_binary = encode(data)
         metadata = with_content_type(metadata, content_type)
-        content_type = metadata.get("contentType") or metadata.get("datacontenttype")
-        self._announcements.append(
-            Announcement(Data(body, content_type, not is_binary), type, key, topic, tuple(metadata.items()))
-        )
+        data_to_send = Data(body, content_type_in(metadata), not is_binary)
+        self._announcements.append(Announcement(data_to_send, type, key, topic, tuple(metadata.items())))
 
     async def _commit(self, marks: tuple[Mark, ...], trace: TraceContext) -> None:
         etags = await self._client._apply(self._operations, self._announcements, marks, trace)

@@ -78,7 +78,11 @@ def _defers(called: _Called) -> bool:
 
 
 def _parks(called: _Called) -> bool:
-    return called["failure"] is not None and called["failure"].pause is None
+    return any(each.failure is not None and each.failure.pause is None for each in called["progress"])
+
+
+def _settles(called: _Called) -> bool:
+    return any(each.published for each in called["progress"])
 
 
 _DEEDS: Final[Mapping[str, _Deed]] = {
@@ -96,7 +100,7 @@ _DEEDS: Final[Mapping[str, _Deed]] = {
         OutboxLog,
         "settle_deferred",
         "a removing of what was aside and is published now",
-        is_meant=lambda called: bool(called["published"]),
+        is_meant=_settles,
     ),
     "replay": _Deed(OutboxLog, "replay", "a replay of parked keys"),
     "trim": _Deed(OutboxLog, "trim", "a giving back of the space of what is published"),

@@ -243,7 +243,7 @@ async def test_events_for_a_topic_without_the_right_wait_for_it_and_arrive_in_or
         assert counts is not None
 
         await commit_orders(runtime, range(40), also=allowed)
-        await until(lambda: counts.published == 40 and counts.failed >= 40 * 3)
+        await until(lambda: counts.published == 40)
         await commit_orders(runtime, range(40, 60), also=allowed)
         await until(lambda: counts.published == 60)
         aside = await runtime.outbox_deferred("store")
@@ -256,7 +256,8 @@ async def test_events_for_a_topic_without_the_right_wait_for_it_and_arrive_in_or
     arrived = [json.loads(body)["data"] for body in await kafka.read(forbidden, 64)]
     assert len(alarms) == 1
     assert repr(forbidden) in alarms[0]
-    assert (counts.deferred, counts.parked, aside) == (0, 0, [])
+    assert (counts.deferred, counts.parked) == (0, 0)
+    assert {(status.queue.topic, status.attempts, status.is_parked) for status in aside} == {(forbidden, 0, False)}
     for key in range(4):
         assert [number for number in arrived if number % 4 == key] == list(range(key, 64, 4))
 

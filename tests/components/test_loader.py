@@ -87,6 +87,12 @@ def test_a_path_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> N
     assert str(failure.value) == f"cannot read components from {path}: No such file or directory"
 
 
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_path_is_an_error(path: str) -> None:
+    with pytest.raises(ComponentError, match="read from a folder or a file"):
+        load(path, "orders", {})
+
+
 def test_a_file_that_is_not_utf_8_is_an_error_that_names_it(write_files: WriteFiles) -> None:
     folder = write_files({"a.yaml": document("a")})
     (folder / "b.yaml").write_bytes(b"name: \xff")

@@ -44,10 +44,13 @@ def source_of(value: str) -> Source:
     return parse_one(with_spec(f"metadata: [{{name: f, {value}}}]")).metadata["f"]
 
 
+def with_value(value: str) -> str:
+    """Make a component in which `value: <value>` is a line of its own."""
+    return f"{HEAD}metadata: {{name: o}}\nspec:\n  type: t\n  metadata:\n  - name: f\n    value: {value}\n"
+
+
 def text_of(value: str) -> str:
-    """Give what `value: <value>` on a line of its own is read as."""
-    source = parse_one(f"{HEAD}metadata: {{name: o}}\nspec:\n  type: t\n  metadata:\n  - name: f\n    value: {value}\n")
-    match source.metadata["f"]:
+    match parse_one(with_value(value)).metadata["f"]:
         case Inline(text):
             return text
         case other:
@@ -293,6 +296,7 @@ def test_an_empty_file_holds_no_component(text: str) -> None:
         "apiVersion: dapr.io/v2alpha1\nkind: Component\n",
         "apiVersion: v1\nkind: ConfigMap\n",
         "services: {redis: {image: redis}}\n",
+        "kind: Template\nresources: {queue: !Ref orders, names: !Split [',', a], all: !Of {a: b}}\n",
         "- a\n- list\n",
         "a word",
         '{"redisPassword": "x"}',
@@ -321,6 +325,18 @@ def test_json_may_stand_in_a_yaml_file_tabs_and_escapes_included() -> None:
 
     assert manifests[0].metadata == {"f": Inline("😀/")}
     assert manifests[1].name == "orders"
+
+
+def test_json_may_stand_below_comments() -> None:
+    text = json.dumps({"apiVersion": "dapr.io/v1alpha1", "kind": "Component", "metadata": {"name": "o"}}, indent="\t")
+
+    assert "spec.type is required" in failure_of(f"# orders\n\n  # of the shop\n{text}")
+
+
+def test_a_pair_of_escapes_in_yaml_is_one_sign_as_in_json() -> None:
+    assert text_of(r'"\ud83d\ude00"') == "😀"
+    assert text_of(r'{"a": "\ud83d\ude00"}') == '{"a":"😀"}'
+    assert text_of(r'"\ud83d"') == "\ud83d"
 
 
 def test_a_yaml_flow_mapping_is_not_taken_for_broken_json() -> None:
@@ -397,7 +413,13 @@ def test_a_name_that_cannot_stand_in_a_url_path_is_an_error(name: str) -> None:
     assert repr(name) in message
 
 
-@pytest.mark.parametrize("value", ["&a [*a]", "!!python/object:os.system {}", "!!int x", ".nan_", "{[a]: b}"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("&a [*a]", "!!python/object:os.system {}", ".nan_", "{[a]: b}", "!!int x", "!!int ''", "!!float ''"),
+        *("!!bool x", "!!timestamp x", "!!timestamp 2024-99-99", "!!binary x"),
+    ],
+)
 def test_no_value_gets_past_the_parser_as_another_error(value: str) -> None:
     try:
         parse_manifests(with_spec(f"metadata: [{{name: f, value: {value}}}]"), "a.yaml")
@@ -426,6 +448,19 @@ def test_a_syntax_error_does_not_show_the_lines_around_it() -> None:
     assert "s3cr3t" not in str(failure.value)
     assert failure.value.__cause__ is None
     assert failure.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "value", ["*s3cr3t", "!s3cr3t", "!s3cr3t x", "!s3!cr3t x", "!<s3cr3t> x", "!!python/name:s3cr3t x", "!!bool s3cr3t"]
+)
+def test_a_value_that_yaml_takes_for_something_else_is_an_error_that_does_not_show_it(value: str) -> None:
+    assert "cr3t" not in failure_of(with_value(value))
+
+
+def test_a_tag_is_no_value_of_a_field() -> None:
+    message = failure_of(with_value("!s3cr3t"))
+
+    assert message.startswith("c/a.yaml, document 1: component 'o': spec.metadata[0].value must be text")
 
 
 def test_a_component_that_ignores_errors_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,13 @@
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statecast.components.address import Address
 from statecast.components.duration import parse_duration
 from statecast.components.manifest import Component
 from statecast.components.metadata import STATE_FIELDS, MetadataReader, is_secret_name, is_truthy
@@ -67,6 +69,22 @@ def test_a_text_is_given_as_it_stands_blanks_and_all() -> None:
     assert reader(prefix=" a ").text("prefix") == " a "
 
 
+def test_a_text_is_trimmed_where_a_field_asks_for_it_and_blanks_are_nothing() -> None:
+    assert reader(consumerID=" a b ").trimmed_text("consumerID") == "a b"
+    assert reader(consumerID=" \t").trimmed_text("consumerID") is None
+
+
+@pytest.mark.parametrize("value", [1, True, None, b"x", "a\0b", "\ud83d"])
+def test_a_value_that_no_driver_can_take_as_text_is_an_error_that_names_the_field(value: Any) -> None:
+    with pytest.raises(ComponentError, match="component 'orders': redisPassword must be text"):
+        reader(redisPassword=value)
+
+
+def test_a_field_is_given_also_when_it_is_empty() -> None:
+    assert reader(authType="").is_given("AUTHTYPE")
+    assert not reader().is_given("authType")
+
+
 def test_an_alias_is_read_where_the_name_is_not_given() -> None:
     assert reader(url="x").text("connectionString", aliases=["url"]) == "x"
     assert reader(url="x", connectionString="y").text("connectionString", aliases=["url"]) == "y"
@@ -104,6 +122,22 @@ def test_a_choice_is_given_as_it_is_declared() -> None:
 def test_a_word_outside_a_choice_is_an_error_that_lists_it() -> None:
     with pytest.raises(ComponentError, match="redisType takes one of node, cluster; it is 'ring'"):
         reader(redisType="ring").choice("redisType", ["node", "cluster"], default="node")
+
+
+def test_servers_are_listed_with_commas_between() -> None:
+    fields = reader(redisHost="one, two:1")
+
+    assert fields.addresses("redisHost", default_port=6379) == (Address("one", 6379), Address("two", 1))
+    assert fields.addresses("host", default_port=1, default="localhost") == (Address("localhost", 1),)
+
+
+@pytest.mark.parametrize("text", ["redis://:s3cr3t@127.0.0.1:1", ":s3cr3t@127.0.0.1:1", "a,,b", "h" * 70])
+def test_what_is_no_list_of_servers_is_an_error_that_does_not_show_it(text: str) -> None:
+    with pytest.raises(ComponentError) as failure:
+        reader(redisHost=text).addresses("redisHost", default_port=6379)
+
+    assert str(failure.value).endswith("redisHost takes host or host:port, or several with commas between")
+    assert failure.value.__suppress_context__
 
 
 # Durations
@@ -246,6 +280,17 @@ def test_a_field_with_a_secret_name_is_in_no_error_though_nobody_marked_it() -> 
         raise reader(connectionString=SECRET).error("connectionString", "must be a DSN")
 
     assert SECRET not in str(failure.value)
+
+
+def test_a_message_names_the_field_in_place_of_a_secret_value() -> None:
+    fields = reader(host=SECRET, user="clerk", secret_fields=frozenset({"host"}))
+
+    assert fields.stand_in("Host") == "<Host>"
+    assert fields.stand_in("user") is None
+
+
+def test_an_error_may_leave_the_value_out() -> None:
+    assert SECRET not in str(reader(host=SECRET).error("host", "takes host:port", shows_value=False))
 
 
 def test_no_warning_shows_a_value(caplog: pytest.LogCaptureFixture) -> None:

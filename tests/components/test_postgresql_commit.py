@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -24,15 +23,12 @@ from statecast.components.state.commit import (
     OutboxRecord,
     Upsert,
 )
-from statecast.components.state.log import Deferral, Failure
+from statecast.components.state.log import Deferral, DeferredQueue, Failure, QueueProgress
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
-from statecast.components.state.postgresql.config import QualifiedName
-from statecast.components.state.postgresql.migration import pending_statements
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS
 from statecast.components.testing.deadline import until
 from statecast.errors import (
-    ComponentError,
     Duplicate,
     ETagMismatch,
     Fenced,
@@ -63,8 +59,10 @@ async def admin(postgresql_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-def commit(*operations: Operation, event: str | None = None, marks: Sequence[Mark] = ()) -> Commit:
-    records = (OutboxRecord("orders||1", event, "pubsub", "orders", b"{}"),) if event else ()
+def commit(
+    *operations: Operation, event: str | None = None, topic: str = "orders", marks: Sequence[Mark] = ()
+) -> Commit:
+    records = (OutboxRecord("orders||1", event, "pubsub", topic, b"{}"),) if event else ()
     return Commit(operations, records, tuple(marks))
 
 
@@ -114,7 +112,7 @@ async def test_the_tables_are_daprs_with_ours_beside_them(
     assert {row["tablename"] for row in ours if row["tablename"] != "state"} == {
         f"statecast_{name}"
         for name in (
-            *("log", "slice", "relay", "mark", "claim", "deferred", "deferred_key", "outbox_1"),
+            *("log", "slice", "relay", "mark", "claim", "deferred", "deferred_queue", "outbox_1"),
             *(f"outbox_1_{number}" for number in range(4)),
         )
     }
@@ -471,50 +469,6 @@ async def test_ten_processes_that_start_at_once_migrate_once(postgresql_url: str
     assert await admin.fetchval("select count(*) from statecast_log") == 1
 
 
-async def test_a_role_that_may_not_create_uses_a_schema_that_is_current(
-    postgresql_url: str, admin: asyncpg.Connection
-) -> None:
-    async with store_on(postgresql_url):
-        pass
-    role = f"reader_{uuid4().hex}"
-    await admin.execute(f"create role {role} login")
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-    as_role = urlsplit(postgresql_url)
-    url = as_role._replace(netloc=f"{role}@{as_role.hostname}:{as_role.port}").geturl()
-
-    async with store_on(url) as store:
-        await store.transact(commit(Upsert("orders||1", b"1"), event="1", marks=[mark(1)]))
-
-    assert await events(admin) == ["1"]
-    await admin.execute(f"drop owned by {role}")
-    await admin.execute(f"drop role {role}")
-
-
-async def test_a_role_that_may_not_create_is_told_so_and_another_can_run_the_statements_for_it(
-    postgresql_url: str, admin: asyncpg.Connection
-) -> None:
-    role = f"reader_{uuid4().hex}"
-    await admin.execute(f"create role {role} login")
-    as_role = urlsplit(postgresql_url)
-    url = as_role._replace(netloc=f"{role}@{as_role.hostname}:{as_role.port}").geturl()
-    with pytest.raises(ComponentError, match="permission denied"):
-        await store_on(url).__aenter__()
-
-    layout = Layout("public", "", QualifiedName("public", "dapr_metadata"))
-    async with admin.transaction():
-        for statement in await pending_statements(admin, layout, "orders", "statestore"):
-            await admin.execute(statement)
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-
-    assert await pending_statements(admin, layout, "orders", "statestore") == []
-    async with store_on(url) as store:
-        await store.transact(commit(Upsert("orders||1", b"1"), event="1"))
-    await admin.execute(f"drop owned by {role}")
-    await admin.execute(f"drop role {role}")
-
-
 async def test_a_database_that_defaults_to_serializable_changes_nothing(
     postgresql_url: str, admin: asyncpg.Connection
 ) -> None:
@@ -565,7 +519,7 @@ async def test_a_database_of_the_first_level_is_brought_up_to_date_with_what_is_
         "drop function statecast_commit_1_v1;"
         f"create function statecast_commit_1_v1({first_parameters}) returns text[] language sql"
         " as $$ select array['of the first level'] $$;"
-        "drop table statecast_deferred, statecast_deferred_key;"
+        "drop table statecast_deferred, statecast_deferred_queue;"
         "alter table statecast_mark drop column etags;"
         "update dapr_metadata set value = '1' where key = 'migrations-statecast-'"
     )
@@ -584,9 +538,44 @@ async def test_a_database_of_the_first_level_is_brought_up_to_date_with_what_is_
     assert (duplicate.value.etags, another.value.etags) == (None, answer)
     assert [entry.record.event_id for entry in batch.entries] == ["kept", "2"]
     assert (key.pending, key.is_parked) == (2, True)
-    assert await admin.fetchval("select value from dapr_metadata where key = 'migrations-statecast-'") == "2"
+    assert await admin.fetchval("select value from dapr_metadata where key = 'migrations-statecast-'") == "3"
     async with store_on(postgresql_url) as store:
         assert (await store.log.deferred(range(16))) == [key]
+
+
+async def test_what_a_database_of_the_second_level_has_aside_waits_by_topic_afterwards(
+    postgresql_url: str, admin: asyncpg.Connection
+) -> None:
+    """There it waits by key alone."""
+    async with store_on(postgresql_url) as store:
+        for number in range(3):
+            await store.transact(commit(event=str(number), topic="audit" if number == 1 else "orders"))
+        batch = await store.log.read(await store.log.acquire("relay", 16, HOUR), 100)
+        deferrals = [Deferral((entry,), Failure(4, None, "too large")) for entry in batch.entries]
+        leases = await store.log.advance(batch.leases, HOUR, deferrals)
+        expected = await store.log.deferred(range(16))
+    await admin.execute(
+        "create table statecast_deferred_key as select log, slice, order_key, max(attempts) as attempts,"
+        " max(due_at) as due_at, max(reason) as reason, sum(pending) as pending"
+        " from statecast_deferred_queue group by log, slice, order_key;"
+        "drop table statecast_deferred_queue;"
+        "alter table statecast_deferred drop constraint statecast_deferred_pkey,"
+        " add primary key (log, slice, order_key, id);"
+        "update dapr_metadata set value = '2' where key = 'migrations-statecast-'"
+    )
+
+    async with store_on(postgresql_url) as store:
+        found = await store.log.deferred(range(16))
+        entries = await store.log.read_deferred([status.queue for status in found], 100)
+        done = [
+            QueueProgress(queue, tuple(entry.id for entry in entries if DeferredQueue.of(entry) == queue), None)
+            for queue in (status.queue for status in found)
+        ]
+        emptied = await store.log.settle_deferred(leases, done)
+
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert len(entries) == 3
+    assert emptied == [status.queue for status in found]
 
 
 # When things break

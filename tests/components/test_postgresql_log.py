@@ -14,7 +14,16 @@ import pytest
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord, Upsert
-from statecast.components.state.log import Deferral, Failure, Lease, LogEntry, OutboxLog, slice_of
+from statecast.components.state.log import (
+    Deferral,
+    DeferredQueue,
+    Failure,
+    Lease,
+    LogEntry,
+    OutboxLog,
+    QueueProgress,
+    slice_of,
+)
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
 from statecast.components.state.postgresql.position import Position
@@ -282,11 +291,11 @@ async def test_what_is_aside_of_one_key_does_not_make_looking_at_the_keys_slow(
     await admin.execute("analyze statecast_deferred; select pg_stat_force_next_flush()")
     before = await entries_fetched(admin)
 
-    (key,) = await store.log.deferred(range(16))
-    entries = await store.log.read_deferred(key.slice, key.order_key, 10)
-    is_left = await store.log.settle_deferred(kept[key.slice], key.order_key, [entries[0].id], None)
+    (status,) = await store.log.deferred(range(16))
+    entries = await store.log.read_deferred([status.queue], 10)
+    emptied = await store.log.settle_deferred(kept, [QueueProgress(status.queue, (entries[0].id,), None)])
 
-    assert (key.pending, len(entries), is_left) == (300, 10, True)
+    assert (status.pending, len(entries), emptied) == (300, 10, [])
     assert await entries_fetched(admin) - before < 100
 
 
@@ -319,13 +328,17 @@ async def test_a_settlement_beside_another_statement_for_its_slice_does_nothing_
     if holder == "another statement":
         await admin.execute("select from statecast_slice where slice = $1 for update", entry.slice)
 
+    settled = QueueProgress(DeferredQueue.of(entry), (entry.id,), None)
+
     async with asyncio.timeout(10):
-        is_left = await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None)
+        emptied = await store.log.settle_deferred(kept, [settled])
 
     await transaction.rollback()
-    assert is_left == (holder == "another statement")
-    assert len(await store.log.deferred(range(16))) == (1 if is_left else 0)
-    assert await store.log.settle_deferred(kept[entry.slice], "orders||1", [entry.id], None) is False
+    assert emptied == ([] if holder == "another statement" else [settled.queue])
+    assert [status.queue for status in await store.log.deferred(range(16))] == [
+        queue for queue in [settled.queue] if queue not in emptied
+    ]
+    assert await store.log.settle_deferred(kept, [settled]) == [settled.queue]
 
 
 async def test_a_brokers_words_are_kept_whatever_they_are(store: PostgresqlStateStore) -> None:

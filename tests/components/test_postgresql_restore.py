@@ -18,6 +18,7 @@ from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord
 from statecast.components.state.log import Lease, OutboxLog
 from statecast.components.state.postgresql import PostgresqlStateStore
+from statecast.components.state.postgresql.migration import MIGRATION_LOCK
 from statecast.components.state.postgresql.position import Position
 from statecast.components.testing.deadline import until
 from statecast.errors import StoreUnavailable
@@ -107,6 +108,26 @@ async def until_it_answers(store: PostgresqlStateStore) -> None:
         return True
 
     await until(answers)
+
+
+async def test_an_outbox_that_takes_long_to_bring_to_another_cluster_is_waited_for(postgresql_url: str) -> None:
+    """Fails when it has to be done within the time of one call: each one begins it again, in vain."""
+    async with store_on(postgresql_url) as store:
+        await store.transact(Commit((), (OutboxRecord("orders||1", "before", "bus", "orders", b""),)))
+    other = await asyncpg.connect(postgresql_url)
+    await other.execute("update dapr_metadata set value = 'another' where key like 'cluster-statecast-%'")
+    await other.execute("select pg_advisory_lock($1)", MIGRATION_LOCK)
+
+    async with store_on(postgresql_url, timeout="1s") as store:
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="is being brought to another cluster"):
+                await store.get("orders||1")
+        await other.execute("select pg_advisory_unlock($1)", MIGRATION_LOCK)
+        await until_it_answers(store)
+        found, _ = await read_ids(store.log, await store.log.acquire("relay", 16, HOUR))
+
+    assert found == ["before"]
+    await other.close()
 
 
 # A dump restored into another cluster

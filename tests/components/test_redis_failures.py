@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,8 +13,12 @@ from msgspec.structs import replace
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
+from statecast.components.redis.connection import Argument, Reply
+from statecast.components.redis.pipeline import Script
 from statecast.components.state.commit import Commit, Consistency, Delete, ETag, Mark, OutboxRecord, Upsert
-from statecast.components.state.log import Deferral, Failure
+from statecast.components.state.log import Deferral, DeferredQueue, Failure, LogEntry, QueueProgress
+from statecast.components.state.redis import deferred
+from statecast.components.state.redis.database import Database
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, Duplicate, ETagMismatch, OutcomeUnknown, StatecastError, StoreUnavailable
@@ -22,6 +26,7 @@ from statecast.runtime.servers import PrivateServer, ServerKind
 
 StartServer = Callable[[ServerKind], PrivateServer]
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b"{}")
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -221,6 +226,18 @@ async def test_a_server_that_is_not_there_is_unavailable_at_opening(server: Priv
             pass
 
 
+async def test_whatever_connecting_raises_is_told_to_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*settings: object, **options: object) -> None:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr("statecast.components.redis.pipeline.connect", connect)
+
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable, match="a fault of our own"):
+            async with redis_store("redis://localhost"):
+                raise AssertionError("it opened")
+
+
 async def test_closing_does_not_wait_long_for_a_server_that_is_silent(server: PrivateServer) -> None:
     async with asyncio.timeout(8):
         async with redis_store(server.address, readTimeout="60s") as store:
@@ -364,15 +381,19 @@ async def test_events_leave_a_full_server_and_make_room(server: PrivateServer) -
         kept = await log.advance(batch.leases, minute, [Deferral((refused,), Failure(10, None, "too large"))])
         pending = sum(status.pending for status in await log.status())
         replayed = await log.replay()
-        (lease,) = [lease for lease in kept if lease.slice == refused.slice]
-        is_left = await log.settle_deferred(lease, "orders||1", [], Failure(1, minute, "still too large"))
+        queue = DeferredQueue.of(refused)
+        due = await log.due_deferred(range(16), 10)
+        still = QueueProgress(queue, (), Failure(1, minute, "still too large"))
+        emptied = await log.settle_deferred(kept, [still])
         waits = await log.deferred(range(16))
-        is_left_then = await log.settle_deferred(lease, "orders||1", [refused.id], None)
+        emptied_then = await log.settle_deferred(kept, [QueueProgress(queue, (refused.id,), None)])
         await log.release(kept)
 
         assert await error_of(store, put("orders||1")) is StoreUnavailable
-        assert (relays, len(kept), pending, replayed, is_left, is_left_then) == (1, 16, 0, 1, True, False)
-        assert [(key.attempts, key.is_parked) for key in waits] == [(1, False)]
+        assert (relays, len(kept), pending, replayed) == (1, 16, 0, 1)
+        assert (emptied, emptied_then) == ([], [queue])
+        assert [(status.queue, status.attempts) for status in due] == [(queue, 0)]
+        assert [(status.attempts, status.is_parked) for status in waits] == [(1, False)]
 
 
 async def test_what_is_aside_outlives_its_server(server: PrivateServer) -> None:
@@ -388,9 +409,68 @@ async def test_what_is_aside_outlives_its_server(server: PrivateServer) -> None:
         await until(lambda: is_up(store))
 
         assert await store.log.deferred(range(16)) == before
-        assert await store.log.read_deferred(batch.entries[0].slice, RECORD.order_key, 10) == list(batch.entries)
+        assert await store.log.read_deferred([before[0].queue], 10) == list(batch.entries)
         assert await store.log.advance(kept, minute, [deferral]) == kept
         assert await store.log.deferred(range(16)) == before
+
+
+async def test_much_is_put_aside_in_portions_before_the_positions_pass_it(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minute = timedelta(minutes=1)
+    monkeypatch.setattr(deferred, "_PORTION_BYTES", 2_500)
+    async with redis_store(redis_url) as store:
+        await store.transact(Commit((), tuple(replace(RECORD, body=b"x" * 1_000) for _ in range(7))))
+        batch = await store.log.read(await store.log.acquire("relay", 16, minute), 10)
+        deferral = Deferral(batch.entries, Failure(3, timedelta(hours=1), "no"))
+        asked = _fail_the_third_time(monkeypatch)
+        with pytest.raises(StoreUnavailable, match="the third"):
+            await store.log.advance(batch.leases, minute, [deferral])
+        monkeypatch.undo()
+        queue = DeferredQueue.of(batch.entries[0])
+        aside_first = await store.log.read_deferred([queue], 10)
+        pending_first = sum(status.pending for status in await store.log.status())
+
+        kept = await store.log.advance(batch.leases, minute, [deferral])
+
+        assert len(asked) == 3
+        assert (aside_first, pending_first) == (list(batch.entries[:6]), 7)
+        assert kept == list(batch.leases)
+        assert await store.log.read_deferred([queue], 10) == list(batch.entries)
+        assert [(status.attempts, status.pending) for status in await store.log.deferred(range(16))] == [(3, 7)]
+        assert sum(status.pending for status in await store.log.status()) == 0
+
+
+def _fail_the_third_time(monkeypatch: pytest.MonkeyPatch) -> list[Script]:
+    asked: list[Script] = []
+    ask = Database.ask
+
+    async def ask_or_fail(database: Database, script: Script, *arguments: Argument) -> Reply:
+        asked.append(script)
+        if len(asked) == 3:
+            raise StoreUnavailable("the third time")
+        return await ask(database, script, *arguments)
+
+    monkeypatch.setattr(Database, "ask", ask_or_fail)
+    return asked
+
+
+def test_what_is_put_aside_is_divided_by_its_bytes_in_its_order() -> None:
+    entries = tuple(
+        LogEntry(0, f"1-{number}", replace(RECORD, body=b"x" * 3_000_000, metadata={"m": "y" * 1_000_000}), NOW)
+        for number in range(20)
+    )
+    few = Deferral(entries[:2], None)
+    many = Deferral(entries[2:], Failure(1, None, "no"))
+
+    portions = deferred.portions_of([few, many])
+
+    sizes = [sum(len(packed) for each in portion for _, packed in each.entries) for portion in portions]
+    ids = [id for portion in portions for each in portion for id, _ in each.entries]
+    assert all(size <= 20 * 1024 * 1024 for size in sizes)
+    assert ids == [entry.id for entry in entries]
+    assert [each.failure for portion in portions for each in portion] == [False, *[(1, False, "no")] * len(portions)]
+    assert deferred.portions_of([]) == [[]]
 
 
 async def test_a_replica_refuses_a_commit(server: PrivateServer) -> None:

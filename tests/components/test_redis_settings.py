@@ -4,38 +4,18 @@ from datetime import timedelta
 import pytest
 
 from statecast.clock import SystemClock
+from statecast.components.address import Address
 from statecast.components.broker.redis.broker import RedisBroker
 from statecast.components.manifest import Component
 from statecast.components.metadata import MetadataReader
 from statecast.components.redis.server import find_problem
-from statecast.components.redis.settings import Address, RedisSettings, parse_address, read_settings
+from statecast.components.redis.settings import RedisSettings, read_settings
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.errors import ComponentError
 
 
 def settings_of(**metadata: str) -> RedisSettings:
     return read_settings(MetadataReader(Component("statestore", "state.redis", metadata=metadata), ()))
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("redis", Address("redis", 6379)),
-        ("redis:6380", Address("redis", 6380)),
-        (" 127.0.0.1:1 ", Address("127.0.0.1", 1)),
-        ("::1", Address("::1", 6379)),
-        ("[::1]:6380", Address("::1", 6380)),
-        ("[::1]", Address("::1", 6379)),
-    ],
-)
-def test_an_address_has_a_port_or_the_default_one(text: str, address: Address) -> None:
-    assert parse_address(text, 6379) == address
-
-
-@pytest.mark.parametrize("text", ["", ":6379", "redis:", "redis:port", "redis:0", "redis:65536", "redis:-1"])
-def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no address"):
-        parse_address(text, 6379)
 
 
 def test_without_metadata_it_is_the_server_of_this_machine() -> None:
@@ -54,8 +34,8 @@ def test_a_bare_timeout_is_in_milliseconds_and_one_that_never_ends_is_the_defaul
     assert settings.read_timeout == timedelta(seconds=3)
 
 
-def test_the_password_is_not_shown() -> None:
-    assert "s3cret" not in repr(settings_of(redisUsername="clerk", redisPassword="s3cret"))
+def test_the_login_is_not_shown() -> None:
+    assert "s3cret" not in repr(settings_of(redisUsername="s3cret", redisPassword="s3cret"))
 
 
 def test_tls_verifies_the_server_unless_told_otherwise() -> None:
@@ -83,6 +63,7 @@ def test_with_failover_the_hosts_are_sentinels() -> None:
         ({"redisType": "sharded"}, "redisType"),
         ({"redisHost": "one,two"}, "redisHost"),
         ({"redisHost": "redis:port"}, "redisHost"),
+        ({"redisHost": "redis://redis:6379"}, "redisHost"),
         ({"redisHost": "redis:6380", "redisPort": "6379"}, "redisPort"),
         ({"redisDB": "first"}, "redisDB"),
         ({"readTimeout": "soon"}, "readTimeout"),

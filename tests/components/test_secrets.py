@@ -2,6 +2,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -390,6 +391,19 @@ def test_templates_are_expanded_wherever_they_stand() -> None:
     text = value_of(Inline("{appID}/{namespace}/{podName}/{appID}/{other}/{appid}"), environment)
 
     assert text == "orders-app/prod.orders-app/pod-1/orders-app/{other}/{appid}"
+
+
+def test_a_namespace_in_a_broker_is_warned_about_since_its_topics_stay_as_they_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = replace(manifest(Inline("{namespace}"), field="consumerID"), type="pubsub.redis")
+
+    resolve([broker, manifest(Inline("{namespace}"))], "orders-app", {})
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "c/a.yaml, document 2: component 'orders': consumerID has {namespace}: "
+        "Dapr puts it before every topic then, which is not supported yet"
+    ]
 
 
 def test_without_a_namespace_the_template_says_default() -> None:

@@ -29,11 +29,16 @@ def test_a_missing_connection_string_is_named() -> None:
 
 
 def test_other_spellings_are_taken() -> None:
-    config = config_of(url="data.db", timeoutInSeconds="30", cleanupIntervalInSeconds="60", busyTimeout="800")
+    config = config_of(url="data.db", timeoutInSeconds="30", cleanupIntervalInSeconds="60", busyTimeout="5")
 
     assert config.timeout == timedelta(seconds=30)
     assert config.cleanup_interval == timedelta(minutes=1)
-    assert config.busy_timeout == timedelta(milliseconds=800)
+    assert config.busy_timeout == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1"])
+def test_a_busy_timeout_of_nothing_or_less_does_not_wait(timeout: str) -> None:
+    assert config_of(connectionString="data.db", busyTimeout=timeout).busy_timeout == timedelta(0)
 
 
 @pytest.mark.parametrize("interval", ["0", "-1"])
@@ -73,6 +78,14 @@ def test_a_database_that_is_not_written_needs_no_log(option: str) -> None:
 
 def test_the_log_can_be_turned_off() -> None:
     assert not config_of(connectionString="data.db", disableWAL="true").uses_wal
+
+
+def test_turning_the_log_off_is_no_unknown_word_where_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    config_of(connectionString=":memory:", disableWAL="true")
+
+    assert not caplog.records
+    with pytest.raises(ComponentError, match="disableWAL takes true or false"):
+        config_of(connectionString=":memory:", disableWAL="ture")
 
 
 def test_options_of_sqlite_are_passed_on_and_those_of_the_go_driver_are_not() -> None:
@@ -120,12 +133,26 @@ def test_an_unknown_option_of_the_connection_string_is_warned_about(caplog: pyte
     assert "_unknown" in caplog.text
 
 
-def test_a_connection_string_from_a_secret_is_not_shown() -> None:
+@pytest.mark.parametrize("field", ["connectionString", "url"])
+def test_a_connection_string_from_a_secret_is_not_shown(field: str) -> None:
+    metadata = {field: "/tmp/hidden.db"}
+    config = parse_config(
+        Component("statestore", "state.sqlite", metadata=metadata, secret_fields=frozenset({field.lower()}))
+    )
+
+    assert config.location == f"<{field}>"
+    assert "hidden" not in repr(config)
+
+
+def test_a_table_name_from_a_secret_is_in_no_error() -> None:
     component = Component(
         "statestore",
         "state.sqlite",
-        metadata={"connectionString": "/tmp/hidden.db"},
-        secret_fields=frozenset({"connectionstring"}),
+        metadata={"connectionString": "data.db", "tableName": "hidden!"},
+        secret_fields=frozenset({"tablename"}),
     )
 
-    assert "hidden" not in parse_config(component).location
+    with pytest.raises(ComponentError) as failure:
+        parse_config(component)
+
+    assert "hidden" not in str(failure.value)

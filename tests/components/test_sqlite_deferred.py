@@ -1,6 +1,7 @@
 """What is put aside of a log on SQLite: in one transaction with the position, in a file that others share."""
 
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import apsw
@@ -8,7 +9,7 @@ import pytest
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
-from statecast.components.state.log import Deferral, Failure
+from statecast.components.state.log import READ_BYTES, Deferral, Failure
 from statecast.components.state.sqlite.state import SqliteStateStore
 from statecast.components.testing.log import (
     acquire_all,
@@ -16,6 +17,7 @@ from statecast.components.testing.log import (
     new_record,
     of_key,
     put_each_aside,
+    queue,
     read_aside,
     read_to_the_end,
     settle,
@@ -23,6 +25,7 @@ from statecast.components.testing.log import (
 from statecast.errors import StoreUnavailable
 
 HOUR = timedelta(hours=1)
+NO_TIME = timedelta(0)
 REFUSED = Failure(1, HOUR, "refused")
 
 
@@ -83,3 +86,47 @@ async def test_what_one_app_has_aside_is_no_other_apps(path: Path) -> None:
         told = [(await store.log.deferred(range(store.log.slices)))[0] for store in (orders, billing)]
         assert [(key.pending, key.is_parked) for key in told] == [(2, False), (3, True)]
         assert [len(await read_aside(store.log, "shared||1")) for store in (orders, billing)] == [2, 3]
+
+
+async def test_asking_what_is_due_takes_no_more_steps_where_many_queues_are_not(path: Path) -> None:
+    """Parked, to be tried later, or of a topic that is left out, as most are while that takes nothing."""
+    pauses = {"parked": None, "later": HOUR, "closed": NO_TIME}
+    async with new_store(path) as store:
+        steps: list[int] = []
+        for number in (1, 1_000):
+            await append(store, *(new_record(f"{topic}||{n}", topic=topic) for topic in pauses for n in range(number)))
+            batch = await read_to_the_end(store.log, await acquire_all(store.log))
+            deferrals = [
+                Deferral((entry,), Failure(1, pauses[entry.record.topic], "refused")) for entry in batch.entries
+            ]
+            await store.log.release(await store.log.advance(batch.leases, HOUR, deferrals))
+            steps.append(await count_steps_to_list_due(store))
+
+    assert steps[1] < 2 * steps[0]
+
+
+async def test_a_read_of_queues_that_stops_halfway_holds_no_snapshot(path: Path) -> None:
+    """One that was held would keep the write-ahead log from being emptied."""
+    keys = [f"orders||{number}" for number in range(5)]
+    async with new_store(path) as store:
+        for key in keys:
+            await append(store, *(new_record(key, body=b"x" * (READ_BYTES // 8)) for _ in range(5)))
+            leases = await put_each_aside(store.log, {key: REFUSED})
+            await store.log.release(leases)
+
+        entries = await store.log.read_deferred([queue(key, store.log) for key in keys], 1_000)
+
+        assert [entry.record.order_key for entry in entries] == [keys[0]] * 5 + [keys[1]] * 3
+        neighbour = apsw.Connection(str(path))
+        assert neighbour.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall() == [(0, 0, 0)]
+        neighbour.close()
+
+
+async def count_steps_to_list_due(store: SqliteStateStore) -> int:
+    """Count the steps of SQLite's virtual machine."""
+    steps = count()
+    reader = await store._database.read(lambda cursor: cursor.connection)
+    reader.set_progress_handler(lambda: next(steps) < 0, 1)
+    assert await store.log.due_deferred(range(store.log.slices), 100, [("pubsub", "closed")]) == []
+    reader.set_progress_handler(None)
+    return next(steps)

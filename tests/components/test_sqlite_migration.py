@@ -3,18 +3,26 @@
 import asyncio
 import sqlite3
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
-from statecast.components.state.commit import Commit, ETag, Mark, Upsert
-from statecast.components.state.log import Failure
+from statecast.components.state.commit import Commit, ETag, Mark, OutboxRecord, Upsert
+from statecast.components.state.log import DeferredQueue, Failure, QueueProgress, QueueStatus
 from statecast.components.state.sqlite.schema import VERSION
 from statecast.components.state.sqlite.state import SqliteStateStore
-from statecast.components.testing.log import drain, new_record, put_each_aside, read_aside
+from statecast.components.testing.log import (
+    acquire_all,
+    drain,
+    ids_of,
+    new_record,
+    put_each_aside,
+    queue,
+    read_aside,
+)
 from statecast.errors import Duplicate
 
 HOUR = timedelta(hours=1)
@@ -93,12 +101,63 @@ INSERT INTO statecast_outbox_1 (slice, order_key, event_id, format, pubsub, topi
   (0, 'orders||1', 'pending', 1, 'pubsub', 'orders', '{}', '2026-01-02 03:04:06.250', x'02');
 """
 
+# The second schema, with one key parked and one to be tried again; each has entries of two queues in turns.
+SECOND_SCHEMA = f"""
+{FIRST_SCHEMA}
+ALTER TABLE statecast_marks ADD COLUMN etags TEXT;
+INSERT INTO statecast_schema (version) VALUES (2);
+CREATE TABLE statecast_deferred_keys (
+  log INTEGER NOT NULL,
+  order_key TEXT NOT NULL,
+  slice INTEGER NOT NULL,
+  attempts INTEGER NOT NULL,
+  reason TEXT NOT NULL,
+  due_at REAL,
+  pending INTEGER NOT NULL,
+  oldest_at TEXT NOT NULL,
+  PRIMARY KEY (log, order_key)
+) WITHOUT ROWID;
+CREATE TABLE statecast_deferred_entries (
+  log INTEGER NOT NULL,
+  id INTEGER NOT NULL,
+  slice INTEGER NOT NULL,
+  order_key TEXT NOT NULL,
+  event_id TEXT NOT NULL,
+  format INTEGER NOT NULL,
+  pubsub TEXT NOT NULL,
+  topic TEXT NOT NULL,
+  metadata TEXT NOT NULL,
+  created_at TEXT NOT NULL,
+  body BLOB NOT NULL,
+  PRIMARY KEY (log, order_key, id)
+);
+INSERT INTO statecast_deferred_keys (log, order_key, slice, attempts, reason, due_at, pending, oldest_at) VALUES
+  (1, 'orders||3', 0, 10, 'too large', NULL, 3, '2026-01-02 03:04:07.250'),
+  (1, 'orders||4', 1, 2, 'refused', unixepoch() + 3600, 3, '2026-01-02 03:04:07.250');
+INSERT INTO statecast_deferred_entries
+  (log, id, slice, order_key, event_id, format, pubsub, topic, metadata, created_at, body) VALUES
+  (1, 9, 0, 'orders||3', '9', 1, 'pubsub', 'orders', '{{}}', '2026-01-02 03:04:07.250', x'01'),
+  (1, 10, 0, 'orders||3', '10', 1, 'pubsub', 'audit', '{{"a": "b"}}', '2026-01-02 03:04:08.250', x'02ff'),
+  (1, 11, 0, 'orders||3', '11', 1, 'pubsub', 'orders', '{{}}', '2026-01-02 03:04:09.250', x'03'),
+  (1, 12, 1, 'orders||4', '12', 1, 'pubsub', 'orders', '{{}}', '2026-01-02 03:04:07.250', x'04'),
+  (1, 13, 1, 'orders||4', '13', 1, 'other', 'orders', '{{}}', '2026-01-02 03:04:08.250', x'05'),
+  (1, 14, 1, 'orders||4', '14', 1, 'pubsub', 'orders', '{{}}', '2026-01-02 03:04:09.250', x'06');
+"""
+
 
 @pytest.fixture
 def old_file(tmp_path: Path) -> Path:
-    path = tmp_path / "state.db"
+    return new_file(tmp_path / "first.db", FIRST_SCHEMA)
+
+
+@pytest.fixture
+def second_file(tmp_path: Path) -> Path:
+    return new_file(tmp_path / "second.db", SECOND_SCHEMA)
+
+
+def new_file(path: Path, script: str) -> Path:
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(FIRST_SCHEMA)
+        connection.executescript(script)
     return path
 
 
@@ -175,3 +234,80 @@ async def test_a_process_of_the_first_schema_goes_on_beside(old_file: Path) -> N
         with pytest.raises(Duplicate) as raised:
             await store.transact(Commit((), marks=(Mark(b"\x02" * 16, HOUR),)))
     assert raised.value.etags is None
+
+
+async def test_what_a_file_of_the_second_schema_has_aside_goes_on_queue_by_queue(second_file: Path) -> None:
+    async with new_store(second_file) as store:
+        statuses = await store.log.deferred(range(2))
+        entries = {status.queue: await store.log.read_deferred([status.queue], 100) for status in statuses}
+
+    assert {name_of(status.queue): state_of(status) for status in statuses} == {
+        ("orders||3", "pubsub", "orders"): (10, "too large", True, 2, "03:04:07.250"),
+        ("orders||3", "pubsub", "audit"): (10, "too large", True, 1, "03:04:08.250"),
+        ("orders||4", "pubsub", "orders"): (2, "refused", False, 2, "03:04:07.250"),
+        ("orders||4", "other", "orders"): (2, "refused", False, 1, "03:04:08.250"),
+    }
+    assert {name_of(queue): ids_of(found) for queue, found in entries.items()} == {
+        ("orders||3", "pubsub", "orders"): ["9", "11"],
+        ("orders||3", "pubsub", "audit"): ["10"],
+        ("orders||4", "pubsub", "orders"): ["12", "14"],
+        ("orders||4", "other", "orders"): ["13"],
+    }
+
+
+async def test_an_entry_aside_in_a_file_of_the_second_schema_stays_as_it_is(second_file: Path) -> None:
+    async with new_store(second_file) as store:
+        (entry,) = await store.log.read_deferred([queue("orders||3", store.log, topic="audit")], 100)
+
+    assert entry.record == OutboxRecord("orders||3", "10", "pubsub", "audit", b"\x02\xff", {"a": "b"})
+    assert (entry.id, entry.created_at) == ("10", datetime(2026, 1, 2, 3, 4, 8, 250_000, UTC))
+
+
+async def test_what_a_file_of_the_second_schema_has_aside_can_be_replayed_and_settled(second_file: Path) -> None:
+    async with new_store(second_file) as store:
+        assert await store.log.replay("orders||3") == 2
+        due = [status.queue for status in await store.log.due_deferred(range(2), 100)]
+        progress = [
+            QueueProgress(queue, tuple(entry.id for entry in await store.log.read_deferred([queue], 100)), None)
+            for queue in due
+        ]
+
+        assert set(await store.log.settle_deferred(await acquire_all(store.log), progress)) == set(due)
+
+        assert {status.queue.order_key for status in await store.log.deferred(range(2))} == {"orders||4"}
+
+
+async def test_stores_that_open_a_file_of_the_second_schema_at_once_bring_it_up_to_date_once(
+    second_file: Path,
+) -> None:
+    everyone_is_open = asyncio.Barrier(5)
+
+    async def count_aside() -> int:
+        async with new_store(second_file) as store:
+            await everyone_is_open.wait()
+            return sum(status.pending for status in await store.log.deferred(range(2)))
+
+    counts = await asyncio.gather(*(count_aside() for _ in range(5)))
+
+    assert counts == [6] * 5
+    tables = {name for (name,) in query(second_file, "SELECT name FROM sqlite_master WHERE name LIKE '%deferred%'")}
+    assert tables >= {"statecast_deferred_queues", "statecast_deferred_entries"}
+    assert not tables & {"statecast_deferred_keys", "statecast_deferred_entries_2"}
+
+
+async def test_a_process_of_the_second_schema_can_put_nothing_aside_any_more(second_file: Path) -> None:
+    """It would stand where nobody looks for it; so its position stays in front of it."""
+    async with new_store(second_file):
+        pass
+
+    with pytest.raises(sqlite3.OperationalError, match="statecast_deferred_keys"):
+        query(second_file, "UPDATE statecast_deferred_keys SET pending = pending + 1")
+
+
+def name_of(queue: DeferredQueue) -> tuple[str, str, str]:
+    return queue.order_key, queue.pubsub, queue.topic
+
+
+def state_of(status: QueueStatus) -> tuple[int, str, bool, int, str]:
+    oldest_at = status.oldest_at.time().isoformat("milliseconds")
+    return status.attempts, status.reason, status.is_parked, status.pending, oldest_at

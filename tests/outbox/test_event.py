@@ -1,15 +1,18 @@
 import json
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any, cast
 
 import orjson
 import pytest
+from cloudevents.core.exceptions import CloudEventValidationError
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from statecast.components.state.commit import Delete, Operation, Upsert
+from statecast.components.state.commit import Commit, Delete, Operation, OutboxRecord, Upsert
 from statecast.components.state.value import upsert
 from statecast.errors import InvalidRequest
 from statecast.outbox.event import EventIds, EventSource
@@ -25,7 +28,9 @@ def logical(key: str) -> str:
     return key.removeprefix("shop||")
 
 
-def plan(*operations: Operation, outbox: Outbox | None = OUTBOX, announcements: tuple[Announcement, ...] = ()) -> Any:
+def plan(
+    *operations: Operation, outbox: Outbox | None = OUTBOX, announcements: tuple[Announcement, ...] = ()
+) -> Commit:
     source = EventSource("shop", NOON, TRACE, EventIds("outbox"))
     return plan_commit(operations, outbox, source, logical, announcements=announcements)
 
@@ -94,6 +99,29 @@ def test_a_prefixed_override_beats_the_bare_one() -> None:
     assert event["type"] == "A"
 
 
+@pytest.mark.parametrize("name", ["id", "source", "type", "subject", "time", "datacontenttype", "dataschema"])
+def test_an_empty_override_is_none_and_gives_way_to_a_bare_one(name: str) -> None:
+    moment = "2026-01-02T03:04:05+01:00"
+
+    (event,) = events(upsert("shop||o1", 1, metadata={f"cloudevent.{name}": "", name: moment}))
+
+    assert event[name] == moment
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["yesterday", "1767355200", "2026-01-02", "2026-01-02 12:00:00Z", "2026-01-02T12:00:00", "2026-02-30T12:00:00Z"],
+)
+def test_a_time_that_is_none_refuses_the_transaction(time: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"must be as in RFC 3339, .*: actual is '{time}'"):
+        plan(upsert("shop||o1", 1, metadata={"cloudevent.time": time}))
+
+
+def test_text_that_is_no_unicode_refuses_the_transaction() -> None:
+    with pytest.raises(InvalidRequest, match="the event cannot be written"):
+        plan(upsert("shop||o1", 1, metadata={"cloudevent.type": "\ud800"}))
+
+
 @pytest.mark.parametrize("name", ["data", "data_base64", "specversion", "topic", "pubsubname"])
 def test_what_the_envelope_itself_says_cannot_be_overridden(name: str) -> None:
     plain, prefixed = events(
@@ -121,8 +149,16 @@ def test_an_empty_subject_is_absent() -> None:
     assert "subject" not in event
 
 
-def test_an_overridden_traceparent_is_the_trace_id_too() -> None:
-    (event,) = events(upsert("shop||o1", 1, metadata={"traceparent": "00-aa-bb-01"}))
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"traceparent": "00-aa-bb-01"},
+        {"cloudevent.traceid": "00-aa-bb-01"},
+        {"cloudevent.traceparent": "00-aa-bb-01", "cloudevent.traceid": "00-cc-dd-01"},
+    ],
+)
+def test_an_overridden_trace_is_the_parent_and_the_id_and_the_parent_goes_first(metadata: dict[str, str]) -> None:
+    (event,) = events(upsert("shop||o1", 1, metadata=metadata))
 
     assert event["traceparent"] == event["traceid"] == "00-aa-bb-01"
 
@@ -154,17 +190,18 @@ def test_data_follows_the_content_type(
     assert (event["datacontenttype"], event["data"]) == (expected_type, expected_data)
 
 
-@pytest.mark.parametrize("content_type", [None, "application/octet-stream"])
+@pytest.mark.parametrize("content_type", [None, "application/octet-stream", "application/x-protobuf"])
 def test_bytes_that_are_no_text_travel_in_base64(content_type: str | None) -> None:
     (event,) = events(upsert("shop||o1", b"\xff\x00", content_type=content_type))
 
-    assert event["datacontenttype"] == "application/octet-stream"
+    assert event["datacontenttype"] == (content_type or "application/octet-stream")
     assert event["data_base64"] == "/wA="
     assert "data" not in event
 
 
-def test_an_overridden_datacontenttype_without_a_content_type_formats_the_data_too() -> None:
-    (event,) = events(upsert("shop||o1", b'{"a":1}', metadata={"datacontenttype": "application/json"}))
+@pytest.mark.parametrize("name", ["datacontenttype", "cloudevent.datacontenttype", "CloudEvent.DataContentType"])
+def test_an_overridden_datacontenttype_without_a_content_type_formats_the_data_too(name: str) -> None:
+    (event,) = events(upsert("shop||o1", b'{"a":1}', metadata={name: "application/json"}))
 
     assert (event["datacontenttype"], event["data"]) == ("application/json", {"a": 1})
 
@@ -187,6 +224,21 @@ def test_an_operation_may_choose_its_topic() -> None:
 
     assert record.topic == "returns"
     assert json.loads(record.body)["topic"] == "returns"
+
+
+def test_so_may_an_announcement() -> None:
+    data = Data(b"1", is_json=True)
+    chosen = Announcement(data, "T", metadata=(("outbox.topic", "returns"),))
+    both = Announcement(data, "T", topic="audit", metadata=(("outbox.topic", "returns"),))
+
+    assert [record.topic for record in plan(announcements=(chosen, both)).records] == ["returns", "audit"]
+
+
+@pytest.mark.parametrize("name", ["OUTBOX.Projection", "Outbox.Topic", "cloudevent.cloudevent.type", "cloudevent."])
+def test_a_word_of_the_runtime_never_leaves_however_it_is_written(name: str) -> None:
+    (event,) = events(upsert("shop||o1", 1, metadata={name: "x"}))
+
+    assert "x" not in event.values()
 
 
 def test_a_raw_payload_is_the_data_alone() -> None:
@@ -267,6 +319,12 @@ def test_without_an_outbox_a_projection_is_refused_rather_than_stored() -> None:
         plan(upsert("shop||o1", 1), upsert("shop||o1", 2, metadata=PROJECTION), outbox=None)
 
 
+def test_an_announcement_without_a_type_has_the_usual_one() -> None:
+    (record,) = plan(announcements=(Announcement(Data(b"1", is_json=True), type=""),)).records
+
+    assert json.loads(record.body)["type"] == "com.dapr.event.sent"
+
+
 def test_an_announcement_is_an_event_of_its_own() -> None:
     announcement = Announcement(Data(b'{"orderId":1}', is_json=True), type="OrderPlaced", key="shop||o1")
 
@@ -276,24 +334,115 @@ def test_an_announcement_is_an_event_of_its_own() -> None:
     assert (own["type"], own["data"], commit.records[1].order_key) == ("OrderPlaced", {"orderId": 1}, "shop||o1")
 
 
-@given(
-    value=st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(), lambda each: st.lists(each, max_size=3)
-    )
+# What the `cloudevents` package makes of it
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3),
+    max_leaves=5,
 )
-def test_what_leaves_passes_the_parser_of_the_cloudevents_package(value: Any) -> None:
-    try:
-        operation = upsert("shop||o1", value, metadata={"cloudevent.type": "T", "extension1": "e"})
-    except InvalidRequest:  # text with lone surrogates is no JSON
-        return
-    (record,) = plan(operation).records
 
-    event = JSONFormat().read(CloudEvent, record.body)
+Form = tuple[Any, str | None, Any]
+"""A value, its content type, and what a consumer is to see."""
 
-    assert event.get_type() == "T"
-    assert event.get_extension("extension1") == "e"
-    assert event.get_source() == "shop"
-    assert event.get_data() == value
+FORMS: st.SearchStrategy[Form] = st.one_of(
+    JSON.map(lambda value: (value, None, value)),
+    JSON.map(lambda value: (value, "application/json; charset=utf-8", value)),
+    JSON.map(lambda value: (orjson.dumps(value), "application/json", value)),
+    JSON.filter(lambda value: not isinstance(value, str)).map(
+        lambda value: (value, "text/plain", orjson.dumps(value).decode())
+    ),
+    st.text().map(lambda text: (text, "application/xml", text)),
+    st.text().map(lambda text: (text.encode(), None, text)),
+    st.text().map(lambda text: (text, "application/octet-stream", text.encode())),
+    st.binary().map(lambda body: (body, "application/octet-stream", body)),
+)
+
+TIMES = st.datetimes(datetime(1000, 1, 1), timezones=st.just(UTC) | st.just(timezone(timedelta(hours=-9, minutes=-30))))
+
+OVERRIDES = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(["id", "source", "type", "subject", "datacontenttype", "dataschema"], st.text()),
+        "time": st.just("") | TIMES.map(datetime.isoformat),
+    },
+)
+
+EXTENSIONS = st.dictionaries(st.from_regex("x[a-z0-9]{0,20}", fullmatch=True), st.text(), max_size=3)
+
+USUAL: dict[str, str | None] = {"source": "shop", "type": "com.dapr.event.sent", "subject": None, "dataschema": None}
+
+DEFAULTS = {
+    "upsert": USUAL,
+    "projection": USUAL,
+    "announcement": USUAL | {"type": "Announced"},
+    "delete": USUAL | {"type": "com.dapr.event.sent.deleted", "subject": "o1"},
+}
+
+
+def planned(kind: str, value: Any, content_type: str | None, metadata: Mapping[str, str]) -> OutboxRecord:
+    state = upsert("shop||o1", value, content_type=content_type, metadata=metadata)
+    match kind:
+        case "upsert":
+            commit = plan(state)
+        case "projection":
+            view = upsert("shop||o1", value, content_type=content_type, metadata=PROJECTION)
+            commit = plan(upsert("shop||o1", "state", metadata=metadata), view)
+        case "announcement":
+            data = Data(state.value, content_type, not state.is_binary)
+            commit = plan(announcements=(Announcement(data, "Announced", metadata=tuple(metadata.items())),))
+        case _:
+            commit = plan(Delete("shop||o1", metadata=metadata), outbox=replace(OUTBOX, publishes_deletes=True))
+    (record,) = commit.records
+    return record
+
+
+def parsed(record: OutboxRecord) -> CloudEvent:
+    return cast(CloudEvent, JSONFormat().read(CloudEvent, record.body))
+
+
+@given(
+    form=FORMS,
+    kind=st.sampled_from([*DEFAULTS]),
+    overrides=OVERRIDES,
+    prefix=st.sampled_from(["", "cloudevent.", "CloudEvent."]),
+    extensions=EXTENSIONS,
+)
+def test_whatever_leaves_is_read_by_the_cloudevents_package_as_it_was_meant(
+    form: Form, kind: str, overrides: dict[str, str], prefix: str, extensions: dict[str, str]
+) -> None:
+    """Fails where empty attributes are sent, or bytes are sent as text (tried)."""
+    value, content_type, data = form
+    # Where nothing else tells a content type, the data would follow the override.
+    assume(content_type or not overrides.get("datacontenttype"))
+    metadata = {f"{prefix}{name}": text for name, text in (overrides | extensions).items()}
+
+    record = planned(kind, value, content_type, metadata)
+    event = parsed(record)
+
+    attributes = event.get_attributes()
+    assert event.get_data() == (None if kind == "delete" else data)
+    for name, default in DEFAULTS[kind].items():
+        assert attributes.get(name) == (overrides.get(name) or default)
+    assert overrides.get("datacontenttype") in ("", None, event.get_datacontenttype())
+    assert event.get_id() == (overrides.get("id") or record.event_id)
+    assert event.get_time() == (datetime.fromisoformat(overrides["time"]) if overrides.get("time") else NOON)
+    assert {name: attributes[name] for name in extensions} == extensions
+
+
+def test_names_that_are_no_valid_ones_are_all_that_the_cloudevents_package_objects_to() -> None:
+    names = ["my-custom-ce-field", "tenantId", "größe"]
+
+    (record,) = plan(upsert("shop||o1", 1, metadata=dict.fromkeys(names, "x"))).records
+
+    with pytest.raises(CloudEventValidationError) as refused:
+        parsed(record)
+    assert sorted(refused.value.errors) == sorted(names)
+    assert {json.loads(record.body)[name] for name in names} == {"x"}
 
 
 def test_event_ids_are_unique_and_change_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:

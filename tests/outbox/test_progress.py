@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from statecast.components.broker.broker import Outcome, Published, Refused, Unreachable
 from statecast.components.state.commit import OutboxRecord
-from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry
-from statecast.outbox.progress import MOST_HELD, BackOff, Progress, Refusal, fair_share, message_of
+from statecast.components.state.log import Batch, Deferral, DeferredQueue, Failure, Lease, LogEntry
+from statecast.outbox.progress import MOST_ASIDE_BYTES, BackOff, Progress, Refusal, fair_share, message_of
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 AWAY = Unreachable("no connection")
@@ -88,8 +88,7 @@ def test_a_refused_entry_goes_aside_with_all_that_waits_of_its_key() -> None:
 
 def test_what_is_read_of_a_key_that_is_aside_goes_aside() -> None:
     progress = Progress()
-    aside = DeferredKey(0, "a", 1, "too large", is_due=False, is_parked=False, pending=1, oldest_at=NOON)
-    progress.add([lease(0)], [aside])
+    progress.add([lease(0)], [DeferredQueue(0, "a", "bus", "orders")])
     late, other = entry(0, "a2", key="a"), entry(0, "b1", key="b")
 
     progress.take(Batch((late, other), (lease(0, 9),)))
@@ -98,40 +97,60 @@ def test_what_is_read_of_a_key_that_is_aside_goes_aside() -> None:
     assert progress.due(0.0) == [other]
 
 
-def test_a_topic_that_takes_nothing_holds_its_own_entries_and_lets_others_be_read() -> None:
+NO_ATTEMPT = Failure(0, timedelta(0), "unknown topic")
+
+
+def test_what_waits_for_a_topic_that_takes_nothing_goes_aside_and_so_does_what_follows() -> None:
     progress = Progress()
-    progress.add([lease(0)])
-    progress.take(Batch((entry(0, "a1", topic="gone"), entry(0, "b1")), (lease(0, 5),)))
+    progress.add([lease(0), lease(1)])
+    gone = [entry(0, "a1", topic="gone"), entry(1, "c1", topic="gone"), entry(0, "a2", topic="gone")]
+    progress.take(Batch((gone[0], entry(0, "b1"), gone[1]), (lease(0, 5), lease(1, 5))))
 
-    settle(progress, [NO_TOPIC, Published()])
-    progress.take(Batch((entry(0, "a2", topic="gone"), entry(0, "b2")), (lease(0, 6),)))
+    settle(progress, [NO_TOPIC, Published(), AWAY])
+    progress.take(Batch((gone[2], entry(0, "b2")), (lease(0, 6),)))
 
-    assert names(progress.due(0.05)) == ["b2"]
-    assert names(progress.due(0.2)) == ["a1", "a2", "b2"]
+    assert progress.deferrals() == [
+        Deferral((gone[0],), NO_ATTEMPT),
+        Deferral((gone[2],), None),
+        Deferral((gone[1],), NO_ATTEMPT),
+    ]
+    assert names(progress.due(0.0)) == ["b2"]
+    assert progress.settled() == [lease(0, 5), lease(1, 5)]
+
+
+def test_no_position_passes_what_was_read_together_with_an_entry_that_goes_aside() -> None:
+    progress = Progress()
+    progress.add([lease(0)], [DeferredQueue(0, "a", "bus", "orders")])
+
+    progress.take(Batch((entry(0, "a1", key="a"), entry(0, "b1", key="b")), (lease(0, 9),)))
+
     assert progress.settled() == [lease(0, 0)]
 
 
-def test_a_slice_reads_on_past_a_blocked_topic_only_so_far() -> None:
-    progress = Progress()
-    progress.add([lease(0)])
-    many = tuple(entry(0, f"a{number}", topic="gone") for number in range(MOST_HELD))
-    progress.take(Batch(many, (lease(0, 5),)))
+def test_a_topic_that_takes_nothing_is_tried_ever_more_rarely_and_open_once_it_takes_something() -> None:
+    progress = Progress(BackOff(timedelta(seconds=1), timedelta(seconds=60)))
+    event = entry(0, "a1")
 
-    settle(progress, [NO_TOPIC] * MOST_HELD)
+    told = [progress.note_topics([event], [NO_TOPIC], now=now) for now in (0.0, 1.0, 3.0)]
+    closed = [progress.closed(now) for now in (3.0, 6.9, 7.0)]
+    progress.note_topics([event], [Published()], now=7.0)
 
-    assert progress.readable() == []
-
-
-def test_a_topic_is_open_again_once_it_takes_something() -> None:
-    progress = Progress()
-    progress.add([lease(0)])
-    progress.take(Batch((entry(0, "a1"),), (lease(0, 5),)))
-    settle(progress, [NO_TOPIC])
-
-    settle(progress, [Published()], now=1.0)
-
+    assert told == [[("bus", "orders")], [], []]
+    assert closed == [[("bus", "orders")], [("bus", "orders")], []]
     assert progress.blocked == {}
-    assert progress.settled() == [lease(0, 5)]
+
+
+def test_what_is_to_be_put_aside_waits_for_its_turn_unless_it_is_much() -> None:
+    progress = Progress()
+    progress.add([lease(0)], [DeferredQueue(0, "key-0", "bus", "orders")])
+    half = OutboxRecord("key-0", "half", "bus", "orders", b"x" * (MOST_ASIDE_BYTES // 2))
+
+    told = []
+    for number in range(2):
+        progress.take(Batch((LogEntry(0, str(number), half, NOON),), (lease(0, number),)))
+        told.append(progress.has_much_aside())
+
+    assert told == [False, True]
 
 
 def test_an_empty_read_moves_the_settled_position_too() -> None:

@@ -30,12 +30,14 @@ from statecast.components.state.commit import Commit, OutboxRecord, Upsert
 from statecast.components.state.log import (
     Batch,
     Deferral,
-    DeferredKey,
-    Failure,
+    DeferredQueue,
     Lease,
     LogEntry,
     OutboxLog,
+    QueueProgress,
+    QueueStatus,
     SliceStatus,
+    Topic,
 )
 from statecast.components.state.memory import MemoryStateStore
 from statecast.components.testing import deadline
@@ -84,13 +86,13 @@ class ScriptedBroker(MemoryBroker):
         return outcomes
 
 
-def record(key: str, number: int, pubsub: str = "bus") -> OutboxRecord:
+def record(key: str, number: int, pubsub: str = "bus", topic: str = "orders") -> OutboxRecord:
     name = f"{key}:{number}"
-    return OutboxRecord(key, name, pubsub, "orders", name.encode(), {"partitionKey": key})
+    return OutboxRecord(key, name, pubsub, topic, name.encode(), {"partitionKey": key})
 
 
-async def commit(store: MemoryStateStore, key: str, number: int, pubsub: str = "bus") -> None:
-    await store.transact(Commit((Upsert(key, b"1"),), (record(key, number, pubsub),)))
+async def commit(store: MemoryStateStore, key: str, number: int, pubsub: str = "bus", topic: str = "orders") -> None:
+    await store.transact(Commit((Upsert(key, b"1"),), (record(key, number, pubsub, topic),)))
 
 
 async def until(fact: Callable[[], bool]) -> None:
@@ -197,7 +199,7 @@ async def test_a_key_refused_too_often_is_parked_until_it_is_replayed(store: Mem
         replayed = await store.log.replay()
         await until(lambda: numbers_of(broker.taken, "a") == [0, 1])
 
-    assert (parked.order_key, parked.attempts, parked.is_parked, parked.reason) == ("a", 3, True, "too large")
+    assert (parked.queue.order_key, parked.attempts, parked.is_parked, parked.reason) == ("a", 3, True, "too large")
     assert replayed == 1
     assert await store.log.deferred(range(store.log.slices)) == []
 
@@ -205,34 +207,34 @@ async def test_a_key_refused_too_often_is_parked_until_it_is_replayed(store: Mem
 async def test_a_broker_that_is_away_is_asked_once_a_look_however_many_keys_are_aside(
     store: MemoryStateStore,
 ) -> None:
-    """Fails when the look goes on with the next key."""
     broker = ScriptedBroker(lambda message: Refused("too large"))
     async with relaying(store.log, broker, options=PATIENT) as relay:
         for number in range(30):
             await commit(store, f"key-{number}", 0)
         await until(lambda: relay.counts.deferred == 30)
-        tried: list[str] = []
+        broker.answer = lambda message: Unreachable("away")
+        calls = looks = 0
+        look = store.log.due_deferred
 
-        def go_away(message: Message) -> Outcome:
-            tried.append(str(message.key))
-            return Unreachable("away")
+        async def count_calls() -> None:
+            nonlocal calls
+            calls += 1
 
-        broker.answer = go_away
-        looks = 0
-        look = store.log.deferred
-
-        async def count_looks(slices: Collection[int]) -> list[DeferredKey]:
+        async def count_looks(
+            slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+        ) -> list[QueueStatus]:
             nonlocal looks
             looks += 1
-            return await look(slices)
+            return await look(slices, limit, but_for)
 
-        store.log.deferred = count_looks  # type: ignore[method-assign]
+        broker.before_publish = count_calls
+        store.log.due_deferred = count_looks  # type: ignore[method-assign]
         await until(lambda: looks >= 10)
-        tries = len(tried)
+        asked = calls
         broker.answer = lambda message: Published()
         await until(lambda: len(set(broker.taken)) == 30)
 
-    assert tries <= looks + 1
+    assert asked <= looks + 1
 
 
 async def test_the_dead_letter_topic_gets_a_copy_at_parking(store: MemoryStateStore) -> None:
@@ -274,17 +276,163 @@ async def test_a_key_that_is_aside_stays_aside_for_the_next_relay(store: MemoryS
 async def test_a_topic_that_takes_nothing_is_alarmed_once_and_parks_nothing(
     store: MemoryStateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broker = ScriptedBroker(lambda message: Refused("unknown topic", is_about_topic=True))
+    refusals: list[Message] = []
 
+    def refuse(message: Message) -> Outcome:
+        refusals.append(message)
+        return Refused("unknown topic", is_about_topic=True)
+
+    broker = ScriptedBroker(refuse)
     async with relaying(store.log, broker) as relay:
         for number in range(20):
             await commit(store, f"key-{number}", 0)
-        await until(lambda: relay.counts.failed > 100)
+        await until(lambda: len(refusals) > 100)
+        aside = await store.log.deferred(range(store.log.slices))
         broker.answer = lambda message: Published()
         await until(lambda: len(broker.taken) == 20)
 
     assert caplog.text.count("topic 'orders' of 'bus' takes nothing") == 1
+    assert {(status.attempts, status.is_parked, status.reason) for status in aside} == {(0, False, "unknown topic")}
     assert (relay.counts.deferred, relay.counts.parked) == (0, 0)
+
+
+def only_orders(message: Message) -> Outcome:
+    return Published() if message.topic == "orders" else Refused("unknown topic", is_about_topic=True)
+
+
+async def test_a_topic_that_takes_nothing_holds_no_other_topic_of_its_keys(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(only_orders)
+    async with relaying(store.log, broker):
+        for number in range(50):
+            await commit(store, "a", number, topic="orders" if number % 2 else "audit")
+        await until(lambda: numbers_of(broker.taken, "a") == list(range(1, 50, 2)))
+        while_blocked = list(broker.taken)
+
+        broker.answer = lambda message: Published()
+        await until(lambda: len(broker.taken) == 50)
+        await commit(store, "a", 50, topic="audit")
+
+    assert numbers_of(broker.taken[len(while_blocked) :], "a") == [*range(0, 50, 2), 50]
+
+
+async def test_however_much_waits_for_a_topic_that_takes_nothing_others_go_on(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(only_orders)
+    for number in range(3_000):
+        await commit(store, "a", number, topic="audit")
+    await commit(store, "a", 3_000)
+
+    async with relaying(store.log, broker, options=replace(QUICK, drain=timedelta(milliseconds=50))):
+        await until(lambda: broker.taken == ["a:3000"])
+
+    assert await pending(store.log) == 0
+    assert sum(status.pending for status in await store.log.deferred(range(store.log.slices))) == 3_000
+
+
+async def test_what_was_published_past_a_topic_that_takes_nothing_is_not_published_again(
+    store: MemoryStateStore,
+) -> None:
+    broker = ScriptedBroker(only_orders)
+    async with relaying(store.log, broker):
+        await commit(store, "a", 0, topic="audit")
+        for number in range(1, 100):
+            await commit(store, "a", number)
+        await until(lambda: len(broker.taken) == 99)
+
+    async with relaying(store.log, broker, "two"):
+        await commit(store, "a", 100)
+
+    assert broker.taken == [f"a:{number}" for number in range(1, 101)]
+
+
+async def test_what_is_aside_for_a_topic_is_found_by_the_next_relay_too(
+    store: MemoryStateStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = ScriptedBroker(only_orders)
+    async with relaying(store.log, broker):
+        await commit(store, "a", 0, topic="audit")
+        await until(lambda: "takes nothing" in caplog.text)
+    caplog.clear()
+
+    async with relaying(store.log, broker, "two"):
+        await until(lambda: "topic 'audit' of 'bus' takes nothing" in caplog.text)
+        await commit(store, "a", 1, topic="audit")
+        broker.answer = lambda message: Published()
+        await until(lambda: broker.taken == ["a:0", "a:1"])
+
+
+async def test_thousands_of_keys_flow_again_once_their_topic_does(store: MemoryStateStore) -> None:
+    broker = ScriptedBroker(only_orders)
+    async with relaying(store.log, broker) as relay:
+        for number in range(6):
+            for key in range(500):
+                await commit(store, f"key-{key}", number, topic="audit")
+        await until(lambda: len(relay._progress.with_deferred()) == 16)
+
+        broker.answer = lambda message: Published()
+        await until(lambda: len(broker.taken) == 3_000)
+
+    assert all(numbers_of(broker.taken, f"key-{key}") == list(range(6)) for key in range(500))
+
+
+async def test_events_of_a_parked_key_are_put_aside_in_their_turn(store: MemoryStateStore) -> None:
+    """Fails when they have the positions persisted at once: a write for every one."""
+    broker = ScriptedBroker(lambda message: Refused("too large") if message.key == "a" else Published())
+    options = replace(QUICK, persist_every=timedelta(seconds=1), lease=timedelta(hours=1))
+    async with relaying(store.log, broker, options=options) as relay:
+        await commit(store, "a", 0)
+        await until(lambda: relay.counts.parked == 1)
+        advances = 0
+        advance = store.log.advance
+
+        async def count_advances(
+            leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()
+        ) -> list[Lease]:
+            nonlocal advances
+            advances += 1
+            return await advance(leases, ttl, deferrals)
+
+        store.log.advance = count_advances  # type: ignore[method-assign]
+        for number in range(1, 20):
+            await commit(store, "a", number)
+            await commit(store, "b", number)
+            await until(lambda number=number: f"b:{number}" in broker.taken)  # type: ignore[misc]
+        while_relaying = advances
+
+    assert while_relaying < 19
+    (parked,) = await store.log.deferred(range(store.log.slices))
+    assert (parked.pending, parked.is_parked) == (20, True)
+
+
+async def test_a_relay_that_crashed_is_run_again_and_goes_on_at_once(store: MemoryStateStore) -> None:
+    """Fails when it still believes in the leases that it gave back."""
+    broker = ScriptedBroker()
+    relay = Relay(
+        store.log, {"bus": broker}, name="one", clock=SystemClock(), options=replace(QUICK, lease=timedelta(hours=1))
+    )
+    crashes = [RuntimeError("a bug")]
+
+    async def crash() -> None:
+        if len(broker.taken) >= 10 and crashes:
+            raise crashes.pop()
+
+    broker.before_publish = crash
+    stop = asyncio.Event()
+
+    async def run_twice() -> None:
+        with pytest.raises(ExceptionGroup):
+            await relay.run(stop)
+        await relay.run(stop)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(run_twice())
+        for number in range(30):
+            await commit(store, "a", number)
+            await until(lambda number=number: len(broker.taken) > min(number, 9))  # type: ignore[misc]
+        await until(lambda: len(set(broker.taken)) == 30)
+        stop.set()
+
+    assert numbers_of(broker.taken, "a") == list(range(30))
+    assert relay.counts.fenced == 0
 
 
 async def test_a_broker_that_is_away_is_waited_for_and_nothing_is_lost(store: MemoryStateStore) -> None:
@@ -324,7 +472,8 @@ async def test_an_event_for_a_pubsub_that_is_not_loaded_waits_and_is_named(
         await commit(store, "a", 1, pubsub="gone")
         await until(lambda: "no pub/sub component named 'gone' is loaded" in caplog.text)
 
-    assert await pending(store.log) == 1
+    (aside,) = await store.log.deferred(range(store.log.slices))
+    assert (aside.queue.pubsub, aside.pending, aside.is_parked) == ("gone", 1, False)
 
 
 async def test_relays_share_the_slices_and_take_over_those_of_one_that_leaves(store: MemoryStateStore) -> None:
@@ -395,6 +544,7 @@ class InterruptedLog:
         self.fails_to_list = False
         self.may_read = asyncio.Event()
         self.may_read.set()
+        self.has_read = asyncio.Event()
 
     @property
     def slices(self) -> int:
@@ -413,24 +563,28 @@ class InterruptedLog:
 
     async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
         batch = await self._require().read(leases, limit)
+        self.has_read.set()
         await self.may_read.wait()
         return batch
 
     async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         return await self._require().advance(leases, ttl, deferrals)
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
         if self.fails_to_list:
             raise StoreUnavailable("connection lost")
         return await self._require().deferred(slices)
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
-        return await self._require().read_deferred(slice, order_key, limit)
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
+        return await self._require().due_deferred(slices, limit, but_for)
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
-        return await self._require().settle_deferred(lease, order_key, published, failure)
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
+        return await self._require().read_deferred(queues, limit)
+
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
+        return await self._require().settle_deferred(leases, progress)
 
     async def replay(self, order_key: str | None = None) -> int:
         return await self._require().replay(order_key)
@@ -464,6 +618,19 @@ async def test_a_relay_that_slept_past_its_lease_publishes_nothing_it_had_read(s
             await until(lambda: relay.counts.fenced > 0)
 
     assert sleeper.taken == []
+
+
+async def test_stopping_publishes_what_is_committed_while_a_read_is_under_way(store: MemoryStateStore) -> None:
+    log, broker = InterruptedLog(store.log), ScriptedBroker()
+
+    async with relaying(log, broker):
+        log.may_read.clear()
+        await log.has_read.wait()
+        await commit(store, "a", 1)
+        # The read that found nothing returns when the relay is told to stop.
+        asyncio.get_running_loop().call_soon(log.may_read.set)
+
+    assert broker.taken == ["a:1"]
 
 
 async def test_a_store_that_goes_away_right_after_slices_were_leased_leaves_none_alone(

@@ -80,8 +80,16 @@ def test_an_event_without_id_and_source_is_taken_as_it_comes() -> None:
     assert (event.id, event.type, event.data, event.attributes["extra"]) == ("", "T", {"a": 1}, "e")
 
 
-def test_broken_base64_is_left_as_it_came() -> None:
-    assert parse_event(b'{"data_base64":"%%%"}', {}).data == "%%%"
+@pytest.mark.parametrize("encoded", ["%%%", "é", "QQ"])
+def test_broken_base64_is_left_as_it_came(encoded: str) -> None:
+    assert parse_event(json.dumps({"data_base64": encoded}).encode(), {}).data == encoded
+
+
+@given(st.dictionaries(st.sampled_from(["id", "data", "data_base64", "type"]), st.text() | st.integers() | st.none()))
+def test_whatever_comes_is_an_event(members: dict[str, object]) -> None:
+    event = parse_event(json.dumps(members).encode(), {})
+
+    assert event.attributes.keys() <= members.keys()
 
 
 def test_data_converts_to_a_type() -> None:

@@ -3,22 +3,28 @@
 import asyncio
 import subprocess
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import asyncpg
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
-from statecast.components.state.commit import Commit, OutboxRecord, Upsert
+from statecast.components.state.commit import Commit, Concurrency, OutboxRecord, Upsert
 from statecast.components.state.postgresql import PostgresqlStateStore
-from statecast.errors import ComponentError
+from statecast.components.state.postgresql.schema import Layout
+from statecast.components.testing.deadline import until
+from statecast.errors import ComponentError, ETagMismatch
 from statecast.runtime.cli import command_line
 from statecast.runtime.server import ServerKind, ServerMissing, Variant
 from statecast.runtime.server_processes import find_installation
+from tests.components.going_without import go_without
+from tests.components.plain_role import plain_role
+from tests.components.relaying import Recorder, deed, relaying
 
 APP = "shop"
 
@@ -119,25 +125,17 @@ async def test_what_is_printed_changes_nothing_and_is_a_script_that_someone_else
 
     assert untouched == set()
     assert "statestore: is up to date\n" in (await in_thread(run, folder, "--print")).output
-    async with store_on(await without_rights(postgresql_url)) as store:
-        await store.transact(Commit((Upsert("a", b"1"),), (OutboxRecord("a", "1", "bus", "t", b""),)))
-
-
-async def without_rights(url: str) -> str:
-    """Give the URL of a role that may read and write rows, and make nothing."""
-    role, admin = f"plain_{uuid4().hex}", await asyncpg.connect(url)
-    await admin.execute(f"create role {role} login")
-    await admin.execute(f"grant select, insert, update, delete on all tables in schema public to {role}")
-    await admin.execute(f"grant usage on all sequences in schema public to {role}")
-    await admin.close()
-    return urlsplit(url)._replace(netloc=urlsplit(url).netloc.replace("postgres@", f"{role}@")).geturl()
+    async with plain_role(postgresql_url) as role:
+        await role.grant()
+        async with store_on(role.url) as store:
+            await store.transact(Commit((Upsert("a", b"1"),), (OutboxRecord("a", "1", "bus", "t", b""),)))
 
 
 def psql(url: str, script: str) -> None:
     try:
         place = find_installation(ServerKind.POSTGRESQL, Variant.CURRENT).place
     except ServerMissing as missing:
-        pytest.skip(str(missing))
+        go_without(missing)
     done = subprocess.run(
         [f"{place}/psql", "--no-psqlrc", "--quiet", url], input=script, capture_output=True, text=True, check=False
     )
@@ -188,3 +186,53 @@ def other_release(name: str, answer: str) -> str:
     return (
         f"create function {name}(n integer, wait boolean) returns text[] language sql as $$ select array['{answer}'] $$"
     )
+
+
+async def test_two_releases_side_by_side_lose_no_update_and_tell_of_each_in_order(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next release has the whole function under the name of its second version.
+
+    Fails where that version does not look at etags, and where it has other locks of keys and none of rows (tried).
+    """
+    admin, recorder = await asyncpg.connect(postgresql_url), Recorder()
+    await admin.execute(f"alter database {urlsplit(postgresql_url).path.strip('/')} set track_functions = 'pl'")
+    keys = [f"key-{number}" for number in range(4)]
+    async with AsyncExitStack() as stack:
+        ours = await stack.enter_async_context(store_on(postgresql_url))
+        with monkeypatch.context() as release:
+            release.setattr(Layout, "commit_name", lambda layout, log: f"statecast_{layout.prefix}commit_{log}_v2")
+            theirs = await stack.enter_async_context(store_on(postgresql_url))
+
+        async with relaying(ours, recorder, "one"):
+            await asyncio.gather(*(count_up(store, key) for store in (ours, theirs) * 4 for key in keys))
+        values = [item and item.value for item in await ours.bulk_get(keys)]
+
+    assert values == [b"%d" % (8 * STEPS)] * len(keys)
+    assert recorder.first == {key: [str(number) for number in range(1, 8 * STEPS + 1)] for key in keys}
+    await until(lambda: were_called(admin, {"statecast_commit_1_v1", "statecast_commit_1_v2"}))
+    await admin.close()
+
+
+STEPS = 20
+
+
+async def count_up(store: PostgresqlStateStore, key: str) -> None:
+    """Write the next number over the one that is read, and tell of it, until that was done so many times."""
+    done = 0
+    while done < STEPS:
+        item = await store.get(key)
+        number = int(item.value) + 1 if item else 1
+        etag, concurrency = (item.etag, None) if item else (None, Concurrency.FIRST_WRITE)
+        change = Upsert(key, b"%d" % number, etag=etag, concurrency=concurrency)
+        try:
+            await store.transact(replace(deed(key, number), operations=(change,)))
+        except ETagMismatch:
+            continue
+        done += 1
+
+
+async def were_called(admin: asyncpg.Connection, functions: set[str]) -> bool:
+    """Tell whether all of these were; a session tells at its end at the latest."""
+    rows = await admin.fetch("select funcname from pg_stat_user_functions where calls > 0")
+    return functions <= {row["funcname"] for row in rows}

@@ -81,6 +81,15 @@ def test_the_status_is_json_on_demand(folder: Path) -> None:
     assert sorted(each["pending"] for each in document["slices"])[-2:] == [1, 2]
 
 
+def test_the_status_counts_what_waits_aside_by_itself(refused: Path) -> None:
+    document = json.loads(status(refused, "--json").output)
+
+    assert (document["pending"], document["oldestAge"]) == (0, None)
+    assert document["aside"].pop("oldestAge") >= 0
+    assert document["aside"] == {"pending": 4, "parked": 2}
+    assert "0 pending; 4 aside, the oldest for" in status(refused).output.replace("\n", " ")
+
+
 def test_a_store_that_is_not_there_is_named(folder: Path) -> None:
     result = status(folder, store="gone")
 
@@ -94,14 +103,14 @@ def test_ages_are_seconds_and_none_where_nothing_is_pending() -> None:
         SliceStatus(1, None, 0, "0", 0, None),
     ]
 
-    document = status_document(slices, NOON)
+    document = status_document(slices, [], NOON)
 
     assert (document["pending"], document["oldestAge"]) == (2, 90.0)
     assert document["slices"][1]["oldestAge"] is None  # type: ignore[index]
 
 
 def test_nothing_pending_has_no_oldest() -> None:
-    assert status_document([SliceStatus(0, None, 0, "0", 0, None)], NOON)["oldestAge"] is None
+    assert status_document([SliceStatus(0, None, 0, "0", 0, None)], [], NOON)["oldestAge"] is None
 
 
 def test_parked_keys_are_shown_with_their_reason(refused: Path) -> None:
@@ -128,7 +137,15 @@ def test_parked_keys_are_json_on_demand(refused: Path) -> None:
     first = document["keys"][0]
     assert first.pop("oldestAge") >= 0
     assert first.pop("slice") in range(16)
-    assert first == {"key": "a", "isParked": True, "pending": 2, "attempts": 10, "reason": "[too] large"}
+    assert first == {
+        "key": "a",
+        "pubsub": "bus",
+        "topic": "orders",
+        "isParked": True,
+        "pending": 2,
+        "attempts": 10,
+        "reason": "[too] large",
+    }
 
 
 def test_nothing_parked_is_told(folder: Path) -> None:

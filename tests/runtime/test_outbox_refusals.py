@@ -104,7 +104,7 @@ async def test_a_refused_key_is_parked_after_as_many_attempts_as_the_component_s
         await until_parked(runtime, 1)
 
         (key,) = await runtime.outbox_deferred("statestore")
-        assert (key.order_key, key.attempts, key.pending) == ("order-1", 3, 2)
+        assert (key.queue.order_key, key.attempts, key.pending) == ("order-1", 3, 2)
         assert key.reason == "poison is not taken"
         assert len(broker.tries) == 3
         await until(lambda: inbox.data == ["fine"])
@@ -155,8 +155,8 @@ async def test_an_event_without_a_key_is_replayed_by_the_name_it_waits_under() -
 
         (key,) = await runtime.outbox_deferred("statestore")
 
-        assert key.order_key.startswith("outbox-")
-        assert await runtime.outbox_replay("statestore", key.order_key) == 1
+        assert key.queue.order_key.startswith("outbox-")
+        assert await runtime.outbox_replay("statestore", key.queue.order_key) == 1
         await until(lambda: inbox.data == ["poison"])
 
 

@@ -110,6 +110,17 @@ async def test_keys_with_the_separator_are_refused(runtime: Runtime) -> None:
         await runtime.state("statestore").get("a||b")
 
 
+async def test_an_event_that_cannot_be_made_refuses_its_whole_transaction(runtime: Runtime) -> None:
+    store = runtime.state("statestore")
+
+    with pytest.raises(InvalidRequest, match="actual is 'yesterday'"):
+        async with store.transaction() as transaction:
+            transaction.upsert("order-1", 1)
+            transaction.upsert("order-2", 2, metadata={"cloudevent.time": "yesterday"})
+
+    assert await store.bulk_get(["order-1", "order-2"]) == [None, None]
+
+
 async def test_a_transaction_commits_state_and_events_together(runtime: Runtime) -> None:
     inbox = Inbox(runtime)
     store = runtime.state("statestore")
@@ -361,9 +372,12 @@ async def test_a_runtime_opens_from_a_folder_of_yaml(tmp_path: Path) -> None:
         (Component("s", "state.in-memory", metadata={"outboxPublishPubsub": "bus"}), "outboxPublishTopic is required"),
         (
             Component("s", "state.in-memory", metadata={"outboxPublishPubsub": "gone", "outboxPublishTopic": "t"}),
-            r"names 'gone', which is no pub/sub component that is loaded \(loaded: bus\)",
+            r"outboxPublishPubsub names no pub/sub component that is loaded \(loaded: bus\); it is 'gone'",
         ),
         (Component("s", "state.in-memory", metadata={"primaryEncryptionKey": "ab"}), "encryption is not supported"),
+        (Component("s", "state.in-memory", metadata={"SECONDARYEncryptionKey": ""}), "encryption is not supported"),
+        (Component("s", "State.In-Memory", metadata={"ttlInSeconds": "-2"}), "ttlInSeconds must be -1 or more"),
+        (Component("s", "state.in-memory", metadata={"ttlInSeconds": "9" * 15}), "ttlInSeconds must be 2147483647 or"),
         (Component("s", "state.in-memory", metadata={"ttlInSeconds": "soon"}), "ttlInSeconds takes a whole number"),
         (Component("s", "state.in-memory", metadata={"keyPrefix": "a||b"}), "keyPrefix"),
         (Component("s", "state.inmemory"), "unknown type"),
@@ -385,6 +399,59 @@ async def test_a_component_whose_errors_are_ignored_is_left_out(caplog: pytest.L
 
     assert "left out" in caplog.text
     assert "broken" in caplog.text
+
+
+@pytest.mark.parametrize("metadata", [{"ttlInSeconds": "soon"}, {"keyPrefix": "a||b"}, OUTBOX])
+async def test_whatever_is_wrong_with_a_store_whose_errors_are_ignored_it_is_left_out(metadata: dict[str, str]) -> None:
+    broken = Component("broken", "state.in-memory", metadata=metadata, ignore_errors=True)
+    its_broker = Component("bus", "pubsub.kafka", ignore_errors=True)
+
+    async with Runtime.open([broken, its_broker, PLAIN], app_id="shop", environment={}) as runtime:
+        with pytest.raises(InvalidRequest, match="'broken' is not loaded; loaded are: statestore"):
+            runtime.state("broken")
+
+
+async def test_a_type_is_known_in_any_case() -> None:
+    components = [Component("statestore", "State.In-Memory", metadata=OUTBOX), Component("bus", "PubSub.In-Memory")]
+
+    async with Runtime.open(components, app_id="shop", environment={}) as runtime:
+        await runtime.state("statestore").set("k", 1)
+
+
+async def test_an_encryption_key_that_its_variable_leaves_empty_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "state.yaml").write_text(
+        "apiVersion: dapr.io/v1alpha1\nkind: Component\nmetadata: {name: statestore}\n"
+        "spec: {type: state.in-memory, metadata: [{name: primaryEncryptionKey, envRef: NOT_SET}]}\n"
+    )
+
+    with pytest.raises(ComponentError, match="primaryEncryptionKey cannot be given"):
+        async with Runtime.open(tmp_path, app_id="shop", environment={}):
+            raise AssertionError("it opened")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"keyPrefix": "s3cr3t||"}, {"outboxPublishPubsub": "s3cr3t", "outboxPublishTopic": "t"}]
+)
+async def test_a_value_from_a_secret_is_in_no_error_of_opening(metadata: dict[str, str]) -> None:
+    component = Component(
+        "s", "state.in-memory", metadata=metadata, secret_fields=frozenset(name.lower() for name in metadata)
+    )
+
+    with pytest.raises(ComponentError) as failure:
+        async with Runtime.open(component, app_id="shop", environment={}):
+            raise AssertionError("it opened")
+
+    assert "s3cr3t" not in str(failure.value)
+
+
+async def test_an_error_of_opening_names_the_component_once() -> None:
+    component = Component("s", "state.postgresql", "v2", {"host": "127.0.0.1", "port": "1"}, origin="c/a.yaml")
+
+    with pytest.raises(ComponentError) as failure:
+        async with Runtime.open(component, app_id="shop", environment={}):
+            raise AssertionError("it opened")
+
+    assert str(failure.value).count("c/a.yaml: component 's'") == 1
 
 
 class SlowStore:

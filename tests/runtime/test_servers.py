@@ -16,10 +16,10 @@ from redis.asyncio import Redis
 
 from statecast.runtime.server import Keeping, PrivateServer, ServerFailed, ServerKind, ServerMissing, Variant
 from statecast.runtime.server_answers import NoAnswer, ask_version, run_redis, run_sql
-from statecast.runtime.server_containers import why_no_docker
 from statecast.runtime.server_guard import family, find_process
 from statecast.runtime.server_processes import LocalServer, find_installation, free_port
 from statecast.runtime.servers import ADDRESS_VARIABLES, Servers
+from tests.components.going_without import go_without
 
 StartServer = Callable[[ServerKind], PrivateServer]
 
@@ -50,7 +50,7 @@ def local_server() -> Iterator[Callable[[ServerKind], LocalServer]]:
         try:
             installation = find_installation(kind, Variant.CURRENT)
         except ServerMissing as missing:
-            pytest.skip(str(missing))
+            go_without(missing)
         started.append(LocalServer.start(installation, Keeping(after_kill=True)))
         return started[-1]
 
@@ -144,8 +144,9 @@ class TestChoice:
         ):
             servers.get(ServerKind.REDIS)
 
-    @pytest.mark.skipif(why_no_docker() is None, reason="a Docker engine answers")
-    def test_docker_alone_without_an_engine_is_said_so(self) -> None:
+    def test_docker_alone_without_an_engine_is_said_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("statecast.runtime.servers.why_no_docker", lambda: "no Docker engine answers")
+
         with (
             Servers(environment={"STATECAST_TEST_SERVERS": "docker"}) as servers,
             pytest.raises(ServerMissing, match="STATECAST_TEST_SERVERS is docker, but no Docker engine answers"),

@@ -1,16 +1,41 @@
 """One connection to a Redis server: commands go out, replies come back in step. hiredis does the parsing."""
 
 import asyncio
+import re
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import hiredis
 
-from statecast.components.redis.settings import Address, Credentials, RedisSettings, Sentinel
+from statecast.components.address import Address
+from statecast.components.redis.server import find_problem, parse_info
+from statecast.components.redis.settings import Credentials, RedisSettings, Sentinel
 
 _INCOMPLETE = object()
+
+_TOLD_IN_SCRIPT: Final = re.compile(r"user_script: ?\d+: -([A-Z]+)")
+
+_SAID_BEFORE_THE_FIRST_WRITE: Final = (
+    "OOM",
+    "READONLY",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "NOAUTH",
+    "WRONGPASS",
+    "DENIED",
+    "NOSCRIPT",
+    "BUSY",
+    "CLUSTERDOWN",
+    "MOVED",
+    "ASK",
+    "TRYAGAIN",
+    "CROSSSLOT",
+)
+"""Errors that a server gives instead of beginning a command or a script, or at its first write and never after it."""
 
 Argument = str | bytes | int | float
 Reply = Any
@@ -19,6 +44,10 @@ Reply = Any
 
 class NotSent(Exception):
     """It is proven that the server has not seen the command."""
+
+
+class UnfitServer(NotSent):
+    """The server is none that can be worked with: it is too old, or a cluster."""
 
 
 class Unanswered(Exception):
@@ -30,13 +59,33 @@ class ErrorReply(Exception):
 
     @property
     def code(self) -> str:
-        return str(self).partition(" ")[0]
+        """The word that tells its kind: `OOM`. Redis 6.2 hides it behind its own words where a script's command was
+        told it: `ERR Error running script (call to f_…): @user_script:30: @user_script: 30: -OOM command not …`."""
+        told_in_script = _TOLD_IN_SCRIPT.search(str(self))
+        return told_in_script[1] if told_in_script else str(self).partition(" ")[0]
+
+    @property
+    def is_refusal(self) -> bool:
+        """Tell whether it is proven that the server has done nothing of the command, which may be a script."""
+        if self.code == "NOPERM":
+            return "script" not in str(self)
+        return self.code in _SAID_BEFORE_THE_FIRST_WRITE or self.is_unknown_command
+
+    @property
+    def is_farewell(self) -> bool:
+        """Tell whether its connection is of no use any more: the server was demoted, and another one may have its
+        name by now; or it hangs up."""
+        return self.code in ("READONLY", "MASTERDOWN", "UNBLOCKED") or str(self).startswith("ERR Protocol error")
+
+    @property
+    def is_unknown_command(self) -> bool:
+        return str(self).startswith("ERR unknown command")
 
     @property
     def is_missing_right(self) -> bool:
         """Tell whether the user may not do that; within a script servers say so in words of their own."""
         text = str(self)
-        return any(words in text for words in ("NOPERM", "ACL failure in script", "can't run this command"))
+        return any(words in text for words in ("NOPERM", "ACL failure in script", "The user executing the script"))
 
 
 def pack(*arguments: Argument) -> bytes:
@@ -64,7 +113,8 @@ class Connection(asyncio.Protocol):
     """Carries commands in order and gives each its reply, whether or not somebody still waits for it.
 
     When nothing comes for `read_timeout` seconds while replies are owed, or the connection breaks, every command that
-    was written fails as Unanswered and `on_lost` is called once; the connection is of no use then.
+    was written fails as Unanswered and `on_lost` is called once; the connection is of no use then. After a reply that
+    says farewell nothing more is written, and the connection ends once the replies that are owed have come.
     """
 
     def __init__(
@@ -84,8 +134,9 @@ class Connection(asyncio.Protocol):
         self._watchdog: asyncio.TimerHandle | None = None
         self._last_sign = 0.0
         self._reason = "the server closed the connection"
-        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self.lost = asyncio.Event()
         self.is_writable = False
+        self.is_retired = False
 
     @property
     def owed(self) -> Iterable[Command]:
@@ -137,14 +188,20 @@ class Connection(asyncio.Protocol):
                 command.is_answered = True
                 if not command.reply.done():
                     command.reply.set_result(reply)
-        except (hiredis.HiredisError, IndexError) as error:
+                if type(reply) is ErrorReply and reply.is_farewell:
+                    self._retire(str(reply))
+        except IndexError:
+            self.abort(f"the server said, unasked: {reply}")
+        except hiredis.HiredisError as error:
             self.abort(f"the server sent what is no reply: {error}")
+        if self.is_retired and not owed:
+            self.abort(self._reason)
 
     def pause_writing(self) -> None:
         self.is_writable = False
 
     def resume_writing(self) -> None:
-        self.is_writable = True
+        self.is_writable = not self.is_retired
         self._on_writable()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -154,8 +211,13 @@ class Connection(asyncio.Protocol):
         reason = f"{self._reason}: {error}" if error else self._reason
         while self._owed:
             self._owed.popleft().fail(Unanswered(reason))
-        self.lost.set_result(None)
+        self.lost.set()
         self._on_lost(self)
+
+    def _retire(self, reason: str) -> None:
+        self._reason = reason
+        self.is_retired = True
+        self.is_writable = False
 
     def _watch(self) -> None:
         """End a connection on which the server is silent; one timer serves all commands."""
@@ -185,7 +247,10 @@ async def connect(
     on_writable: Callable[[], None],
     read_timeout: float | None = None,
 ) -> Connection:
-    """Open a connection that is authenticated and in its database. Raises NotSent, with the reason."""
+    """Open a connection that is authenticated, in its database, and to a server that answers.
+
+    Raises NotSent, with the reason; UnfitServer for one that lasts.
+    """
     address = settings.address
     if read_timeout is None:
         read_timeout = settings.read_timeout.total_seconds()
@@ -203,7 +268,8 @@ async def connect(
     except TimeoutError:
         raise NotSent(f"no answer from {address} within {settings.dial_timeout.total_seconds():g} s") from None
     except (OSError, ErrorReply, Unanswered) as error:
-        raise NotSent(f"no connection to {address}: {error}") from error
+        reason = f"no connection to {address}: {address.reason(error)}"
+        raise NotSent(reason) from (None if address.stand_in else error)
 
 
 async def _dial(
@@ -225,6 +291,7 @@ async def _dial(
 
 async def _greet(connection: Connection, settings: RedisSettings) -> None:
     await _authenticate(connection, settings.credentials)
+    await _examine(connection)
     if settings.database:
         await connection.call("SELECT", settings.database)
     if settings.sentinel is not None:
@@ -243,14 +310,27 @@ async def _authenticate(connection: Connection, credentials: Credentials) -> Non
         await connection.call("AUTH", credentials.username, credentials.password)
 
 
+async def _examine(connection: Connection) -> None:
+    """Find out what kind of server it is, and so whether it serves at all: one that takes no more clients says so in
+    the place of its first reply, whatever that was asked for."""
+    try:
+        facts = parse_info(await connection.call("INFO", "server"))
+    except ErrorReply as error:
+        if error.is_missing_right or error.is_unknown_command:
+            return
+        raise
+    if problem := find_problem(facts):
+        raise UnfitServer(problem)
+
+
 async def _master_address(settings: RedisSettings, sentinel: Sentinel) -> Address:
     reasons: list[str] = []
     for address in sentinel.addresses:
         try:
             return await _ask_sentinel(address, settings, sentinel)
         except (OSError, ErrorReply, Unanswered, NotSent) as error:
-            reasons.append(f"{address}: {error}")
-    raise NotSent(f"no sentinel knows master {sentinel.master!r} ({'; '.join(reasons)})")
+            reasons.append(f"{address}: {address.reason(error)}")
+    raise NotSent(f"no sentinel knows master {sentinel.shown_master} ({'; '.join(reasons)})")
 
 
 async def _ask_sentinel(address: Address, settings: RedisSettings, sentinel: Sentinel) -> Address:
@@ -263,7 +343,7 @@ async def _ask_sentinel(address: Address, settings: RedisSettings, sentinel: Sen
             named = await connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", sentinel.master)
         finally:
             connection.abort("asked")
-            await connection.lost
+            await connection.lost.wait()
     if named is None:
         raise NotSent("is not known there")
     return Address(named[0].decode(), int(named[1]))

@@ -1,6 +1,8 @@
 """Commands of one tick of the event loop leave as one write: the connection that all callers share."""
 
 import asyncio
+import logging
+from collections.abc import Sequence
 from hashlib import sha1
 from types import TracebackType
 from typing import Self
@@ -18,6 +20,8 @@ from statecast.components.redis.connection import (
 )
 from statecast.components.redis.settings import RedisSettings
 from statecast.components.settlement import wait_for_settlement
+
+logger = logging.getLogger(__name__)
 
 _CLOSING_PATIENCE = 2.0
 """How many seconds closing waits for what is in flight."""
@@ -65,7 +69,7 @@ class Pipeline:
                 await _settled(connection)
             finally:
                 connection.abort("the connection was closed")
-                await connection.lost
+                await connection.lost.wait()
 
     @property
     def is_open(self) -> bool:
@@ -104,11 +108,9 @@ class Pipeline:
 
         Raises NotSent, Unanswered, ErrorReply.
         """
-        packed = pack("EVALSHA", script.digest, *arguments)
-        reply = await self.call(packed)
+        reply = await self.call(pack("EVALSHA", script.digest, *arguments))
         if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
-            self._teach(script)
-            reply = await self.call(packed)
+            reply = await self.call(_pack_with_source(script, arguments))
         if type(reply) is ErrorReply:
             raise reply
         return reply
@@ -116,21 +118,16 @@ class Pipeline:
     async def run_within(self, seconds: float, script: Script, *arguments: Argument) -> Reply:
         """Run a script, and wait no longer than `seconds`: then Unanswered, or NotSent if it had not left yet."""
         end = asyncio.get_running_loop().time() + seconds
-        packed = pack("EVALSHA", script.digest, *arguments)
-        reply = await self._call_until(end, packed)
+        reply = await self._call_until(end, pack("EVALSHA", script.digest, *arguments))
         if type(reply) is ErrorReply and reply.code == "NOSCRIPT":
-            self._teach(script)
-            reply = await self._call_until(end, packed)
+            reply = await self._call_until(end, _pack_with_source(script, arguments))
         if type(reply) is ErrorReply:
             raise reply
         return reply
 
-    def _teach(self, script: Script) -> None:
-        """Queue the loading of a script whose digest the server did not know, so that it has carried out nothing. The
-        call that is queued next leaves in the same write, behind it."""
-        self.submit(pack("SCRIPT", "LOAD", script.source)).reply.add_done_callback(_retrieve)
-
     async def _call_until(self, end: float, packed: bytes) -> Reply:
+        if end <= asyncio.get_running_loop().time():
+            raise NotSent("no time was left to send the command in")
         command = self.submit(packed)
         try:
             async with asyncio.timeout_at(end):
@@ -147,6 +144,13 @@ class Pipeline:
     async def command(self, *arguments: Argument) -> Reply:
         """Send one command and wait for its reply. Raises NotSent, Unanswered, ErrorReply."""
         reply = await self.call(pack(*arguments))
+        if type(reply) is ErrorReply:
+            raise reply
+        return reply
+
+    async def command_within(self, seconds: float, *arguments: Argument) -> Reply:
+        """Send one command, and wait no longer than `seconds`: as `command`, and as `run_within`."""
+        reply = await self._call_until(asyncio.get_running_loop().time() + seconds, pack(*arguments))
         if type(reply) is ErrorReply:
             raise reply
         return reply
@@ -179,23 +183,35 @@ class Pipeline:
             )
         except NotSent as error:
             self._fail_queue(error)
+        except Exception as error:
+            logger.exception("connecting to Redis at %s failed", self._settings.address)
+            self._fail_queue(NotSent(repr(error)))
         else:
             self._connection = connection
-            if connection.lost.done():
+            if connection.lost.is_set():
                 self._lose(connection)
         finally:
             self._connecting = None
         self._flush()
 
     def _lose(self, connection: Connection) -> None:
-        if self._connection is connection:
-            self._connection = None
+        if self._connection is not connection:
+            return
+        self._connection = None
+        if not connection.is_retired:
             self._fail_queue(NotSent("the connection was lost before the command was sent"))
+        self._flush()
 
     def _fail_queue(self, error: NotSent) -> None:
         commands, self._queue = self._queue, []
         for command in commands:
             command.fail(error)
+
+
+def _pack_with_source(script: Script, arguments: Sequence[Argument]) -> bytes:
+    """Call a script whose digest the server did not know, so that it has carried out nothing; from then on it does.
+    Loading it beforehand needs a right that calling it does not."""
+    return pack("EVAL", script.source, *arguments)
 
 
 async def _settled(connection: Connection) -> None:

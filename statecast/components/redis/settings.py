@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+from statecast.components.address import Address
 from statecast.components.metadata import MetadataReader
 
 _DEFAULT_PORT = 6379
@@ -44,28 +45,20 @@ _NOT_SUPPORTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
 class Credentials:
     """What AUTH is given; without a password there is no AUTH."""
 
-    username: str | None = None
+    username: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Sentinel:
-    """Where to ask for the address of the master, and by which name."""
+    """Where to ask for the address of the master, and by which name, which messages have as `shown_master`."""
 
     addresses: tuple[Address, ...]
-    master: str
+    master: str = field(repr=False)
+    shown_master: str
     credentials: Credentials
 
 
@@ -102,23 +95,9 @@ def read_settings(fields: MetadataReader) -> RedisSettings:
     )
 
 
-def parse_address(text: str, default_port: int) -> Address:
-    """Parse `host`, `host:port`, `[::1]:port`. Raises ValueError."""
-    host, separator, port = text.strip().rpartition(":")
-    if not separator or (":" in host and not host.endswith("]")):
-        host, port = text.strip(), str(default_port)
-    if not port.isdecimal() or not 0 < int(port) < 65536 or not (host := host.strip("[]")):
-        raise ValueError(f"{text!r} is no address")
-    return Address(host, int(port))
-
-
 def _read_addresses(fields: MetadataReader, default_port: int, at_most: int | None = None) -> tuple[Address, ...]:
-    text = fields.text("redisHost", default="localhost") or "localhost"
     port = fields.integer("redisPort", default=0, minimum=0, maximum=65535)
-    try:
-        addresses = tuple(parse_address(part, port or default_port) for part in text.split(","))
-    except ValueError:
-        raise fields.error("redisHost", "takes host or host:port") from None
+    addresses = fields.addresses("redisHost", default_port=port or default_port, default="localhost")
     if at_most is not None and len(addresses) > at_most:
         raise fields.error("redisHost", "takes one host; several are for failover: true")
     if port and any(address.port != port for address in addresses):
@@ -133,7 +112,8 @@ def _read_sentinel(fields: MetadataReader) -> Sentinel | None:
         return None
     if master is None:
         raise fields.error("sentinelMasterName", "is required with failover: true")
-    return Sentinel(_read_addresses(fields, _DEFAULT_SENTINEL_PORT), master, credentials)
+    shown_master = fields.stand_in("sentinelMasterName") or repr(master)
+    return Sentinel(_read_addresses(fields, _DEFAULT_SENTINEL_PORT), master, shown_master, credentials)
 
 
 def _read_tls(fields: MetadataReader) -> ssl.SSLContext | None:
@@ -151,7 +131,7 @@ def _read_tls(fields: MetadataReader) -> ssl.SSLContext | None:
         try:
             _load_certificate(context, certificate, key)
         except (ssl.SSLError, OSError):
-            raise fields.error("clientKey", "and clientCert must be a matching pair in PEM") from None
+            raise fields.error("clientKey", "and clientCert must be a matching pair in PEM, not encrypted") from None
     return context
 
 
@@ -161,7 +141,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> No
         pem = Path(folder, "client.pem")
         pem.touch(mode=0o600)
         pem.write_text(f"{key.strip()}\n{certificate.strip()}\n")
-        context.load_cert_chain(pem)
+        # Without a password given, OpenSSL asks the terminal for that of an encrypted key.
+        context.load_cert_chain(pem, password=lambda: b"")
 
 
 def _read_timeout(fields: MetadataReader, name: Literal["dialTimeout", "readTimeout"], default: timedelta) -> timedelta:

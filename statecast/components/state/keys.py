@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Final
 
-from statecast.components.manifest import Component, describe
-from statecast.errors import ComponentError, InvalidRequest
+from statecast.components.manifest import Component
+from statecast.components.metadata import MetadataReader
+from statecast.errors import InvalidRequest
 
 SEPARATOR: Final = "||"
 
@@ -44,29 +45,29 @@ def key_prefix(component: Component, *, app_id: str, namespace: str = "") -> Key
     `namespace` is the NAMESPACE of the environment; without one, `namespace` is the same as `appid`. Raises
     ComponentError where the prefix has the separator, or a sign that not every store can keep.
     """
-    prefix = _prefix(component, app_id, namespace)
+    fields = MetadataReader(component, ())
+    prefix = _prefix(fields, component.name, app_id, namespace)
     if prefix is None:
         return KeyPrefix("")
-    if SEPARATOR in prefix:
-        raise _broken(component, f"input key/keyPrefix '{_shown(prefix)}' can't contain '{SEPARATOR}'")
-    if (reason := _unstorable(prefix)) is not None:
-        raise _broken(component, f"{prefix!r} {reason}")
+    reason = f"must not contain {SEPARATOR!r}" if SEPARATOR in prefix else _unstorable(prefix)
+    if reason is not None:
+        raise fields.error("keyPrefix", f"makes the prefix of all keys, which {reason}")
     return KeyPrefix(prefix + SEPARATOR)
 
 
-def _prefix(component: Component, app_id: str, namespace: str) -> str | None:
-    given = (value for name, value in component.metadata.items() if name.lower() == "keyprefix")
-    match next(given, "appid").lower():
+def _prefix(fields: MetadataReader, name: str, app_id: str, namespace: str) -> str | None:
+    word = (fields.text("keyPrefix") or "") if fields.is_given("keyPrefix") else "appid"
+    match word.lower():
         case "appid":
             return app_id
         case "name":
-            return component.name
+            return name
         case "namespace":
             return f"{namespace}.{app_id}" if namespace else app_id
         case "none":
             return None
-        case word:
-            return word
+        case own:
+            return own
 
 
 def _unstorable(text: str) -> str | None:
@@ -77,10 +78,6 @@ def _unstorable(text: str) -> str | None:
     except UnicodeEncodeError:
         return "must not contain a lone surrogate, which has no UTF-8"
     return None
-
-
-def _broken(component: Component, what: str) -> ComponentError:
-    return ComponentError(f"{describe(component)}: keyPrefix: {what}")
 
 
 def _shown(text: str) -> str:

@@ -1,9 +1,9 @@
 """The seam of the outbox log: what commits appended, read slice by slice by whoever holds the slice's lease."""
 
 from binascii import crc32
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -11,10 +11,21 @@ from statecast.components.state.commit import OutboxRecord
 
 DEFAULT_SLICES = 16
 
+READ_BYTES = 16 * 1024 * 1024
+"""How many bytes of bodies one read gives at the most, but for its last entry: a relay holds them in memory."""
+
+Topic = tuple[str, str]
+"""A pub/sub component's name and a topic of it."""
+
 
 def slice_of(order_key: str, slices: int) -> int:
     """Tell the slice of an order key: crc32 of its UTF-8 bytes, modulo the number of slices of the log."""
     return crc32(order_key.encode()) % slices
+
+
+def share_of(limit: int, readers: int) -> int:
+    """Tell how many entries each of so many may have of a limit: one at least."""
+    return max(1, -(-limit // max(readers, 1)))
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -40,6 +51,18 @@ class LogEntry(msgspec.Struct, frozen=True):
     id: str
     record: OutboxRecord
     created_at: datetime
+
+
+def up_to_read_bytes(entries: Iterable[LogEntry]) -> list[LogEntry]:
+    """Take entries until their bodies come to READ_BYTES: the first one in any case."""
+    taken: list[LogEntry] = []
+    room = READ_BYTES
+    for entry in entries:
+        taken.append(entry)
+        room -= len(entry.record.body)
+        if room <= 0:
+            break
+    return taken
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -74,28 +97,53 @@ class Failure(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Deferral(msgspec.Struct, frozen=True):
-    """Entries of one order key, in their order, that are taken out of the log's order, so that other keys can go on.
+class DeferredQueue(msgspec.Struct, frozen=True):
+    """What waits beside the log together, in commit order: a slice's entries of one order key for one topic."""
 
-    `failure` is about the first of them; None: the key is deferred already, and they queue up behind. If it is not
-    any more by then (its settling was done and not answered), they are due at once, with no attempt counted.
+    slice: int
+    order_key: str
+    pubsub: str
+    topic: str
+
+    @classmethod
+    def of(cls, entry: LogEntry) -> Self:
+        record = entry.record
+        return cls(entry.slice, record.order_key, record.pubsub, record.topic)
+
+
+class Deferral(msgspec.Struct, frozen=True):
+    """Entries of one queue, in their order, that are taken out of the log's order, so that all else can go on.
+
+    `failure` is about the first of them; None: the queue is there already, and they go behind. If it is not any more
+    by then (its settling was done and not answered), they are due at once, with no attempt counted.
     """
 
     entries: tuple[LogEntry, ...]
     failure: Failure | None
 
 
-class DeferredKey(msgspec.Struct, frozen=True):
-    """An order key whose entries wait beside the log; `is_due` by the database's clock, never when parked."""
+class QueueStatus(msgspec.Struct, frozen=True):
+    """A queue that has entries, of which `oldest_at` is the first one's commit; `is_due` by the database's clock, never
+    when parked."""
 
-    slice: int
-    order_key: str
+    queue: DeferredQueue
     attempts: int
     reason: str
     is_due: bool
     is_parked: bool
     pending: int
     oldest_at: datetime
+
+
+class QueueProgress(msgspec.Struct, frozen=True):
+    """What became of a queue's first entries: the ids of those that are published, and why the next one is not.
+
+    Without `failure` the first entry that is left is due at once.
+    """
+
+    queue: DeferredQueue
+    published: tuple[str, ...]
+    failure: Failure | None
 
 
 class OutboxLog(Protocol):
@@ -127,6 +175,7 @@ class OutboxLog(Protocol):
     async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
         """Read on from the leases' positions, about `limit` entries in all; several may be read in one go.
 
+        Where entries are large it is fewer: READ_BYTES in all, and a little more.
         Reading moves nothing in the database: the batch's leases, one for each lease given and in that order, are
         the positions to read on from, and to persist with `advance` once the entries are published. A position may
         move although there was no entry. Reading does not check that a lease still holds.
@@ -140,8 +189,8 @@ class OutboxLog(Protocol):
         persisted: stop relaying it. One that has run out and that nobody took since is mine still.
 
         The deferrals' entries, which these positions pass, are put aside in the same step, each under its own
-        slice's lease and behind what is aside of their key; an entry that is aside already is left as it is, so
-        that the call can be repeated.
+        slice's lease and behind what is in their queue; an entry that is aside already is left as it is, so that the
+        call can be repeated.
         """
         ...
 
@@ -152,27 +201,35 @@ class OutboxLog(Protocol):
         """
         ...
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
-        """List the keys of these slices that have entries aside, in the order in which they are due."""
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
+        """List all queues of these slices, in the order in which they are due, parked ones last."""
         ...
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
-        """Read the first `limit` entries that are aside of a key, in commit order."""
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
+        """List the first `limit` queues of these slices that are due, longest due first, without those of the topics
+        `but_for`. It is as quick with many queues that are not due."""
         ...
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
-        """Remove the entries of a key with these ids, and note the failure of the first one left; tell whether any is.
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
+        """Read the first entries of these queues, those of one queue in commit order.
 
-        A key of which none is left is not deferred any more: what the log has of it flows again. Without `failure`
-        the first one left is due at once. Under a lease that is no longer mine nothing is done, and it is told that
-        there is some left.
+        It is about `limit` in all and one of each at least; of large ones fewer, as for `read`, and perhaps none of
+        some queues.
+        """
+        ...
+
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
+        """Remove what is published and note the failures of what is left; return the queues of which nothing is left.
+
+        Those are not there any more: what the log has of their key and topic flows again. A queue of a slice whose
+        lease is no longer mine, or not given, is left alone and not returned.
         """
         ...
 
     async def replay(self, order_key: str | None = None) -> int:
-        """Make parked keys (all, or this one) due now, with their attempts forgotten; return how many they were.
+        """Make parked queues (all, or those of a key) due now, with their attempts forgotten; return how many.
 
         It takes no lease: whoever holds their slices publishes them.
         """

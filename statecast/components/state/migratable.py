@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 class Migratable(Protocol):
     """A store whose schema someone with more rights than the app may bring up to date before the app opens it.
 
-    Both connect by themselves, on a store that is not open, and raise ComponentError and StoreUnavailable.
+    Both connect by themselves, on a store that is not open, and raise ComponentError and StoreUnavailable, as opening
+    does: whoever asked for it tells of which component.
     """
 
     async def pending_migrations(self) -> list[str]:

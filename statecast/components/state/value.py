@@ -14,7 +14,8 @@ TTL_METADATA = "ttlInSeconds"
 FOREVER = timedelta(seconds=-1)
 """The time to live that overrides a component's default: the value does not expire."""
 
-_LONGEST = timedelta(seconds=2_147_483_647)
+LONGEST_TTL = timedelta(seconds=2_147_483_647)
+_BINARY = (bytes, bytearray, memoryview)
 
 
 def upsert(
@@ -54,7 +55,7 @@ def delete(key: str, *, etag: str | None = None, metadata: Mapping[str, str] | N
 
 def encode(value: Any) -> tuple[bytes, bool]:
     """Encode a value; tell whether it is binary, that is, not JSON text."""
-    if isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, _BINARY):
         return bytes(value), True
     try:
         return orjson.dumps(value, default=_plain), False
@@ -75,13 +76,13 @@ def resolve_ttl(ttl: timedelta | None, metadata: Mapping[str, str], default: tim
         ttl = default
     if ttl is None or ttl in (timedelta(0), FOREVER):
         return None
-    if not timedelta(0) < ttl <= _LONGEST:
+    if not timedelta(0) < ttl <= LONGEST_TTL:
         raise InvalidRequest(f"a time to live is 1 to 2147483647 seconds, or 0 or -1 for ever, not {ttl}")
     return ttl
 
 
 def with_content_type(metadata: Mapping[str, str] | None, content_type: str | None) -> dict[str, str]:
-    return {**(metadata or {}), **({"contentType": content_type} if content_type else {})}
+    return {**(metadata or {}), "contentType": content_type} if content_type else dict(metadata or {})
 
 
 def _ttl_of(metadata: Mapping[str, str]) -> timedelta | None:

@@ -23,13 +23,16 @@ import pytest
 
 from statecast.components.state.commit import Commit, Concurrency, ETag, OutboxRecord, Upsert
 from statecast.components.state.log import (
+    READ_BYTES,
     Batch,
     Deferral,
-    DeferredKey,
+    DeferredQueue,
     Failure,
     Lease,
     LogEntry,
     OutboxLog,
+    QueueProgress,
+    QueueStatus,
     SliceStatus,
     slice_of,
 )
@@ -491,11 +494,13 @@ class OutboxLogContract:
     # Putting aside
 
     async def test_a_log_with_nothing_aside_says_so(self, log: OutboxLog) -> None:
-        (lease, *_) = await acquire_all(log)
+        leases = await acquire_all(log)
 
-        assert await log.deferred(range(log.slices)) == []
-        assert await log.read_deferred(lease.slice, "orders||1", 100) == []
-        assert await log.settle_deferred(lease, "orders||1", [], None) is False
+        assert await log.deferred(range(log.slices)) == await log.due_deferred(range(log.slices), 100) == []
+        assert await read_aside(log, "orders||1") == ()
+        assert await settle(log, leases, "orders||1", [], None) is False
+        assert await log.read_deferred([], 100) == []
+        assert await log.settle_deferred(leases, []) == []
         assert await log.replay() == await log.replay("orders||1") == 0
 
     async def test_entries_are_put_aside_together_with_the_position_behind_them(
@@ -520,7 +525,7 @@ class OutboxLogContract:
 
         _, (entry,) = await put_aside(log, record.order_key, failed(attempts=1))
 
-        (read,) = await read_aside(log, record.order_key)
+        (read,) = await log.read_deferred([DeferredQueue.of(entry)], 100)
         assert read == entry
         assert read.record == record
         assert dict(read.record.metadata) == dict(record.metadata)
@@ -588,7 +593,7 @@ class OutboxLogContract:
 
         await put_each_aside(log, dict.fromkeys(keys, failed(attempts=1)))
 
-        assert sorted(key.order_key for key in await log.deferred(range(log.slices))) == sorted(keys)
+        assert sorted(key.queue.order_key for key in await log.deferred(range(log.slices))) == sorted(keys)
         for key in keys:
             assert ids_of(await read_aside(log, key)) == [f"{key}#{number}" for number in range(4)]
 
@@ -629,7 +634,7 @@ class OutboxLogContract:
         kept = await log.advance(batch.leases, HOUR, deferrals)
 
         assert len(kept) == log.slices - 1
-        assert [key.order_key for key in await log.deferred(range(log.slices))] == keys[1:]
+        assert [key.queue.order_key for key in await log.deferred(range(log.slices))] == keys[1:]
         assert await read_aside(log, keys[0]) == ()
 
     async def test_entries_of_a_slice_whose_lease_is_not_given_are_not_put_aside(
@@ -654,9 +659,8 @@ class OutboxLogContract:
         )
 
         assert await log.deferred(range(log.slices)) == [
-            DeferredKey(
-                slice=slice_of("orders||é鍵🔑", log.slices),
-                order_key="orders||é鍵🔑",
+            QueueStatus(
+                queue=queue("orders||é鍵🔑", log),
                 attempts=4,
                 reason="größe 🚀: 'too \"big\"'\n",
                 is_due=False,
@@ -673,7 +677,9 @@ class OutboxLogContract:
 
         told = {key: await log.deferred({slice_of(key, log.slices)}) for key in keys}
 
-        assert {key: [each.order_key for each in found] for key, found in told.items()} == {key: [key] for key in keys}
+        assert {key: [each.queue.order_key for each in found] for key, found in told.items()} == {
+            key: [key] for key in keys
+        }
         assert await log.deferred([]) == []
 
     async def test_keys_aside_are_told_in_the_order_in_which_they_are_due(
@@ -685,7 +691,7 @@ class OutboxLogContract:
 
         keys = await log.deferred(range(log.slices))
 
-        assert [key.order_key for key in keys] == ["c", "f", "a", "e", "d", "b"]
+        assert [key.queue.order_key for key in keys] == ["c", "f", "a", "e", "d", "b"]
         assert [(key.is_due, key.is_parked) for key in keys] == [(True, False), *[(False, False)] * 4, (False, True)]
 
     async def test_a_key_aside_is_due_after_its_pause(self, store: StateStore, log: OutboxLog) -> None:
@@ -728,11 +734,116 @@ class OutboxLogContract:
         owned = await acquire_all(log)
 
         (key,) = await log.deferred([lease.slice for lease in owned])
-        assert (key.order_key, key.attempts, key.reason, key.pending) == ("orders||1", 2, "too large", 2)
+        assert (key.queue.order_key, key.attempts, key.reason, key.pending) == ("orders||1", 2, "too large", 2)
         assert await read_aside(log, "orders||1") == aside
         assert await settle(log, owned, "orders||1", [entry.id for entry in aside], None) is False
 
+    async def test_entries_of_one_key_wait_by_their_topics(self, store: StateStore, log: OutboxLog) -> None:
+        topics = ("orders", "audit", "orders", "audit", "orders")
+        await append(store, *(new_record("orders||1", topic=topic) for topic in topics))
+        batch = await read_to_the_end(log, await acquire_all(log))
+        by_topic = {
+            topic: tuple(entry for entry in batch.entries if entry.record.topic == topic)
+            for topic in ("orders", "audit")
+        }
+
+        deferrals = [Deferral(entries, failed(attempts=1)) for entries in by_topic.values()]
+        leases = await log.advance(batch.leases, HOUR, deferrals)
+
+        for topic, entries in by_topic.items():
+            assert tuple(await log.read_deferred([queue("orders||1", log, topic=topic)], 100)) == entries
+        audited = QueueProgress(queue("orders||1", log, topic="audit"), ids(by_topic["audit"]), None)
+        assert await log.settle_deferred(leases, [audited]) == [audited.queue]
+        (left,) = await log.deferred(range(log.slices))
+        assert (left.queue, left.pending) == (queue("orders||1", log), 3)
+
+    async def test_those_due_longest_are_told_first_and_up_to_the_limit(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        pauses = {"a": HOUR, "b": None, "c": timedelta(milliseconds=2), "d": NO_TIME, "e": timedelta(milliseconds=1)}
+        await append(store, *(new_record(key) for key in pauses))
+        await put_each_aside(log, {key: Failure(1, pause, "refused") for key, pause in pauses.items()})
+        await until_due(log, "c")
+
+        due = await log.due_deferred(range(log.slices), 100)
+
+        assert [status.queue.order_key for status in due] == ["d", "e", "c"]
+        assert all(status.is_due and not status.is_parked for status in due)
+        assert await log.due_deferred(range(log.slices), 2) == due[:2]
+        assert await log.due_deferred([queue("e", log).slice], 2) == [due[1]]
+        assert await log.due_deferred([], 2) == []
+
+    async def test_those_of_some_topics_can_be_left_out(self, store: StateStore, log: OutboxLog) -> None:
+        topics = [f"topic-{number}" for number in range(4)]
+        await append(store, *(new_record("orders||1", topic=topic) for topic in topics))
+        batch = await read_to_the_end(log, await acquire_all(log))
+        await log.advance(
+            batch.leases, HOUR, [Deferral((entry,), failed(attempts=1, pause=NO_TIME)) for entry in batch.entries]
+        )
+
+        due = await log.due_deferred(range(log.slices), 2, [("pubsub", topic) for topic in topics[:3]])
+
+        assert [status.queue.topic for status in due] == ["topic-3"]
+        assert len(await log.due_deferred(range(log.slices), 9, [("other", topics[0])])) == 4
+
+    async def test_several_queues_are_read_at_once_and_each_of_them_in_order(
+        self, store: StateStore, log: OutboxLog
+    ) -> None:
+        keys = [f"orders||{number}" for number in range(40)]
+        for number in range(5):
+            await append(store, *(new_record(key, f"{key}#{number}") for key in keys))
+        await put_each_aside(log, dict.fromkeys(keys, failed(attempts=1)))
+
+        some = await log.read_deferred([queue(key, log) for key in keys], 80)
+        few = await log.read_deferred([queue(key, log) for key in keys], 1)
+
+        assert by_key(entry.record for entry in some) == {key: [f"{key}#0", f"{key}#1"] for key in keys}
+        assert by_key(entry.record for entry in few) == {key: [f"{key}#0"] for key in keys}
+
+    async def test_of_large_entries_fewer_are_read_at_once(self, store: StateStore, log: OutboxLog) -> None:
+        for number in range(40):
+            await append(store, new_record("orders||1", str(number), body=b"x" * 1_000_000))
+        found: list[LogEntry] = []
+        leases: Sequence[Lease] = await acquire_all(log)
+
+        while len(found) < 40:
+            batch = await read_some(log, leases, limit=1_000)
+            assert len(batch.entries) <= READ_BYTES // 1_000_000 + 1
+            found += batch.entries
+            leases = batch.leases
+
+        assert ids_of(found) == [str(number) for number in range(40)]
+        await log.advance(leases, HOUR, [Deferral(tuple(found), failed(attempts=1))])
+        aside = await log.read_deferred([queue("orders||1", log)], 1_000)
+        assert tuple(aside) == tuple(found[: len(aside)])
+        assert 1 <= len(aside) <= READ_BYTES // 1_000_000 + 1
+
     # Settling what is aside
+
+    async def test_queues_of_many_slices_are_settled_at_once(self, store: StateStore, log: OutboxLog) -> None:
+        keys = [f"orders||{number}" for number in range(40)]
+        await append(store, *(new_record(key, f"{key}#{number}") for number in range(3) for key in keys))
+        leases = await put_each_aside(log, dict.fromkeys(keys, failed(attempts=3)))
+        aside = {key: await read_aside(log, key) for key in keys}
+        lost = queue("orders||0", log).slice
+        kept = [key for key in keys if queue(key, log).slice != lost]
+        emptied = kept[::2]
+
+        told = await log.settle_deferred(
+            [lease for lease in leases if lease.slice != lost],
+            [
+                QueueProgress(
+                    queue(key, log),
+                    ids(aside[key] if key in emptied else aside[key][:1]),
+                    None if key in emptied else failed(attempts=1, reason=key),
+                )
+                for key in keys
+            ],
+        )
+
+        assert {each.order_key for each in told} == set(emptied)
+        left = {each.queue.order_key: (each.attempts, each.pending) for each in await log.deferred(range(log.slices))}
+        assert left == {key: (1, 2) if key in kept else (3, 3) for key in keys if key not in emptied}
 
     async def test_a_key_of_which_everything_is_published_is_not_aside_any_more(
         self, store: StateStore, log: OutboxLog
@@ -744,7 +855,7 @@ class OutboxLogContract:
         is_left = await settle(log, leases, "orders||0", [entry.id for entry in aside["orders||0"]], None)
 
         assert is_left is False
-        assert [key.order_key for key in await log.deferred(range(log.slices))] == ["orders||1"]
+        assert [key.queue.order_key for key in await log.deferred(range(log.slices))] == ["orders||1"]
         assert await read_aside(log, "orders||0") == ()
         assert await read_aside(log, "orders||1") == aside["orders||1"]
 
@@ -867,7 +978,7 @@ class OutboxLogContract:
 
         assert await log.replay() == 18
 
-        found = {key.order_key: key for key in await log.deferred(range(log.slices))}
+        found = {key.queue.order_key: key for key in await log.deferred(range(log.slices))}
         states = {name: (key.attempts, key.is_due, key.is_parked) for name, key in found.items()}
         assert states == {
             **dict.fromkeys(keys[2:], (0, True, False)),
@@ -883,7 +994,7 @@ class OutboxLogContract:
 
         assert await log.replay("orders||1") == 1
 
-        found = {key.order_key: key for key in await log.deferred(range(log.slices))}
+        found = {key.queue.order_key: key for key in await log.deferred(range(log.slices))}
         assert {name: (key.attempts, key.is_due, key.is_parked) for name, key in found.items()} == {
             "orders||0": (10, False, True),
             "orders||1": (0, True, False),
@@ -1013,8 +1124,10 @@ class Follower:
         self.records.extend(entry.record for entry in batch.entries)
 
 
-def new_record(order_key: str, event_id: str | None = None) -> OutboxRecord:
-    return OutboxRecord(order_key, event_id or uuid4().hex, "pubsub", "orders", b'{"specversion": "1.0"}')
+def new_record(
+    order_key: str, event_id: str | None = None, *, topic: str = "orders", body: bytes = b'{"specversion": "1.0"}'
+) -> OutboxRecord:
+    return OutboxRecord(order_key, event_id or uuid4().hex, "pubsub", topic, body)
 
 
 async def append(store: StateStore, *records: OutboxRecord) -> None:
@@ -1124,24 +1237,32 @@ async def put_each_aside(log: OutboxLog, failures: Mapping[str, Failure]) -> lis
 async def settle(
     log: OutboxLog, leases: Sequence[Lease], order_key: str, published: Sequence[str], failure: Failure | None
 ) -> bool:
-    """Settle under the lease of the key's slice."""
-    (lease,) = (lease for lease in leases if lease.slice == slice_of(order_key, log.slices))
-    return await log.settle_deferred(lease, order_key, published, failure)
+    """Settle one queue; tell whether anything of it is left."""
+    progress = QueueProgress(queue(order_key, log), tuple(published), failure)
+    return await log.settle_deferred(leases, [progress]) != [progress.queue]
 
 
 async def read_aside(log: OutboxLog, order_key: str, *, limit: int = 10_000) -> tuple[LogEntry, ...]:
-    return tuple(await log.read_deferred(slice_of(order_key, log.slices), order_key, limit))
+    return tuple(await log.read_deferred([queue(order_key, log)], limit))
+
+
+def queue(order_key: str, log: OutboxLog, *, topic: str = "orders") -> DeferredQueue:
+    return DeferredQueue(slice_of(order_key, log.slices), order_key, "pubsub", topic)
 
 
 async def until_due(log: OutboxLog, order_key: str) -> None:
     async def is_due() -> bool:
-        return any(key.is_due and key.order_key == order_key for key in await log.deferred(range(log.slices)))
+        return any(key.is_due and key.queue.order_key == order_key for key in await log.deferred(range(log.slices)))
 
     await until(is_due)
 
 
 def of_key(order_key: str, batch: Batch) -> tuple[LogEntry, ...]:
     return tuple(entry for entry in batch.entries if entry.record.order_key == order_key)
+
+
+def ids(entries: Iterable[LogEntry]) -> tuple[str, ...]:
+    return tuple(entry.id for entry in entries)
 
 
 def ids_of(entries: Iterable[LogEntry]) -> list[str]:

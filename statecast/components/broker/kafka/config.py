@@ -1,17 +1,32 @@
 """The metadata of `pubsub.kafka`, read into one value."""
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 from aiokafka import codec
 
+from statecast.components.address import Address
 from statecast.components.manifest import Component
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
 
 DEFAULT_MESSAGE_BYTES = 1024 * 1024
+
+_DEFAULT_PORT = 9092
+_SHORTEST = timedelta(milliseconds=1)
+
+_AUTH_TYPES = ("none", "password", "mtls", "certificate", "oidc", "oidc_private_key_jwt", "awsiam")
+_LOGIN_FIELDS = ("saslUsername", "saslPassword", "saslMechanism")
+# Dapr's names, and Kafka's own.
+_MECHANISMS = {
+    "PLAIN": "PLAIN",
+    "SHA-256": "SCRAM-SHA-256",
+    "SHA-512": "SCRAM-SHA-512",
+    "SCRAM-SHA-256": "SCRAM-SHA-256",
+    "SCRAM-SHA-512": "SCRAM-SHA-512",
+}
 
 _COMPRESSIONS = {"gzip": codec.has_gzip, "snappy": codec.has_snappy, "lz4": codec.has_lz4, "zstd": codec.has_zstd}
 
@@ -41,19 +56,19 @@ class InitialOffset(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    mechanism: str
-    username: str
-    password: str
+    """`shown_username` is how messages name the user."""
 
-    def __repr__(self) -> str:
-        return f"Credentials(mechanism={self.mechanism!r}, username={self.username!r})"
+    mechanism: str
+    username: str = field(repr=False)
+    password: str = field(repr=False)
+    shown_username: str
 
 
 @dataclass(frozen=True, slots=True)
 class KafkaConfig:
     """`group` None: the one that a subscription names. `compression` None: none."""
 
-    brokers: tuple[str, ...]
+    brokers: tuple[Address, ...]
     client_id: str
     group: str | None
     initial_offset: InitialOffset
@@ -71,7 +86,7 @@ class KafkaConfig:
     def connection_options(self) -> dict[str, Any]:
         """Name what every client of the driver is given to connect. Reads the system's certificates for TLS."""
         options: dict[str, Any] = {
-            "bootstrap_servers": list(self.brokers),
+            "bootstrap_servers": [broker.text for broker in self.brokers],
             "client_id": self.client_id,
             "security_protocol": ("SASL_" if self.credentials else "") + ("SSL" if self.tls else "PLAINTEXT"),
             "ssl_context": self._ssl_context() if self.tls else None,
@@ -97,14 +112,14 @@ def parse_config(component: Component, app_id: str) -> KafkaConfig:
     reader = MetadataReader(component, BROKER_FIELDS)
     credentials = _credentials(reader)
     config = KafkaConfig(
-        brokers=_brokers(reader),
+        brokers=reader.addresses("brokers", default_port=_DEFAULT_PORT),
         client_id=reader.text("clientID", default=app_id) or app_id,
-        group=reader.text("consumerGroup", aliases=["consumerID"]),
+        group=reader.text("consumerGroup", default=reader.trimmed_text("consumerID")),
         initial_offset=_initial_offset(reader),
         max_message_bytes=reader.integer("maxMessageBytes", default=0, minimum=0) or DEFAULT_MESSAGE_BYTES,
         compression=_compression(reader),
-        session_timeout=_milliseconds(reader, "sessionTimeout", timedelta(seconds=10)),
-        heartbeat_interval=_milliseconds(reader, "heartbeatInterval", timedelta(seconds=3)),
+        session_timeout=reader.duration("sessionTimeout", default=timedelta(seconds=10), minimum=_SHORTEST),
+        heartbeat_interval=reader.duration("heartbeatInterval", default=timedelta(seconds=3), minimum=_SHORTEST),
         fetch_min_bytes=reader.integer("consumerFetchMin", default=1, minimum=1),
         fetch_bytes=reader.integer("consumerFetchDefault", default=1024 * 1024, minimum=1),
         credentials=credentials,
@@ -122,30 +137,38 @@ def parse_config(component: Component, app_id: str) -> KafkaConfig:
     return config
 
 
-def _brokers(reader: MetadataReader) -> tuple[str, ...]:
-    brokers = tuple(filter(None, (each.strip() for each in reader.required_text("brokers").split(","))))
-    if not brokers:
-        raise reader.error("brokers", "takes host:port, or several with commas between")
-    return brokers
-
-
 def _credentials(reader: MetadataReader) -> Credentials | None:
-    mechanism = (reader.text("saslMechanism") or "").upper()
     username, password = reader.text("saslUsername"), reader.text("saslPassword")
-    # `authRequired` is the older spelling of `authType: password`.
-    default = "password" if reader.boolean("authRequired") else "none"
-    kinds = ["none", "password", "mtls", "certificate", "oidc", "oidc_private_key_jwt", "awsiam"]
-    kind = reader.choice("authType", kinds, default=default)
-    if kind == "none":
+    mechanism = _MECHANISMS[reader.choice("saslMechanism", _MECHANISMS, default="PLAIN")]
+    if _auth_type(reader) == "none":
         return None
-    if kind != "password":
-        raise reader.error("authType", "takes none or password in this version")
     if username is None:
         raise reader.error("saslUsername", "is required with authType password")
     if password is None:
         raise reader.error("saslPassword", "is required with authType password")
-    names = {"SHA-256": "SCRAM-SHA-256", "SHA-512": "SCRAM-SHA-512"}
-    return Credentials(names.get(mechanism, "PLAIN"), username, password)
+    return Credentials(mechanism, username, password, reader.stand_in("saslUsername") or repr(username))
+
+
+def _auth_type(reader: MetadataReader) -> str:
+    is_required = reader.boolean("authRequired")
+    kind = reader.choice("authType", _AUTH_TYPES, default="")
+    if not kind:
+        return _default_auth_type(reader, is_required=is_required)
+    if kind not in ("none", "password"):
+        raise reader.error("authType", "takes none or password in this version")
+    return kind
+
+
+def _default_auth_type(reader: MetadataReader, *, is_required: bool) -> str:
+    """Tell what no authType means; it must not be a weaker login than the other fields ask for."""
+    # dapr components-contrib common/component/kafka/metadata.go upgradeMetadata
+    if is_required and reader.text("saslPassword") is None:
+        raise reader.error("authRequired", "without saslPassword means authType mtls, which is not supported yet")
+    if is_required:
+        return "password"
+    if reader.text("authRequired") is None and any(map(reader.is_given, _LOGIN_FIELDS)):
+        raise reader.error("authType", f"is required beside {', '.join(_LOGIN_FIELDS)}: none or password")
+    return "none"
 
 
 def _initial_offset(reader: MetadataReader) -> InitialOffset:
@@ -162,16 +185,12 @@ def _compression(reader: MetadataReader) -> str | None:
     return name
 
 
-def _milliseconds(reader: MetadataReader, name: str, default: timedelta) -> timedelta:
-    return reader.duration(name, default=default, bare="milliseconds", minimum=timedelta(milliseconds=1))
-
-
 def _ca_certificate(reader: MetadataReader) -> str | None:
     text = reader.text("caCert")
     if text is None:
         return None
     try:
         ssl.create_default_context(cadata=text)
-    except (ssl.SSLError, ValueError) as error:
-        raise reader.error("caCert", "takes a certificate in PEM") from error
+    except (ssl.SSLError, ValueError, TypeError):  # TypeError: there are signs in it beyond ASCII
+        raise reader.error("caCert", "takes a certificate in PEM", shows_value=False) from None
     return text

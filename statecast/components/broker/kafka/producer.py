@@ -100,7 +100,7 @@ class Producer:
         except ClusterAuthorizationFailedError as error:
             # KIP-679: who may write any topic gets a producer id.
             reason = "may write no topic, or lacks IdempotentWrite on a cluster older than Kafka 2.8"
-            raise TopicRefused(f"{self._user} {reason}: {text_of(error)}") from error
+            raise TopicRefused(f"{self._user} {reason}: {text_of(error, self._config)}") from error
         except (KafkaError, OSError) as error:
             raise SendFailed(f"no connection: {await explain(error, self._config)}") from error
 
@@ -117,7 +117,7 @@ class Producer:
             try:
                 await self._ask_for(topic, patience)
             except (KafkaError, OSError, TimeoutError) as error:
-                raise SendFailed(f"no metadata: {text_of(error)}") from error
+                raise SendFailed(f"no metadata: {text_of(error, self._config)}") from error
         patience.found(topic)
         return self._known_partitions(topic)
 
@@ -157,7 +157,7 @@ class Producer:
             raise self._refusal(sending.topic, error.errno) from error
         # The driver asserts that the partition is there: a topic that was made anew may have fewer.
         except (KafkaError, OSError, TimeoutError, AssertionError) as error:
-            raise SendFailed(sending.answer or text_of(error)) from error
+            raise SendFailed(sending.answer or text_of(error, self._config)) from error
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -182,7 +182,7 @@ class Producer:
     @property
     def _user(self) -> str:
         login = self._config.credentials
-        return f"user {'ANONYMOUS' if login is None else login.username!r}"
+        return f"user {'ANONYMOUS' if login is None else login.shown_username}"
 
     def _tasks(self) -> list[asyncio.Task[Any]]:
         return [task for task in (self._driver._sender.sender_task, *self._requests) if task is not None]

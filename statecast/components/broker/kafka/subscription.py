@@ -323,7 +323,7 @@ class Subscription:
 
     def _complain(self, message: str, error: Exception, reason: str | None = None) -> None:
         """Log what fails when it begins to, and when the reason changes: a right that is missing may be so for days."""
-        reason = text_of(error) if reason is None else reason
+        reason = text_of(error, self._config) if reason is None else reason
         if self._complaints.get(message) != reason:
             self._complaints[message] = reason
             logger.warning(message, self._topic, reason, exc_info=None if isinstance(error, _EXPECTED) else error)

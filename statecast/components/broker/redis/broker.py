@@ -13,7 +13,6 @@ from statecast.components.broker.broker import (
     Delivery,
     Message,
     Outcome,
-    Published,
     Refused,
     Settlement,
 )
@@ -21,6 +20,7 @@ from statecast.components.broker.redis.publishing import (
     HELD_BACK,
     LARGEST_MESSAGE_BYTES,
     PUBLISH,
+    Lanes,
     Trim,
     encode_run,
     outcome_of_error,
@@ -30,9 +30,8 @@ from statecast.components.broker.redis.publishing import (
 from statecast.components.broker.redis.subscription import Pace, Subscription
 from statecast.components.manifest import Component, describe
 from statecast.components.metadata import BROKER_FIELDS, MetadataReader
-from statecast.components.redis.connection import ErrorReply, NotSent, Unanswered
+from statecast.components.redis.connection import ErrorReply, NotSent, Unanswered, UnfitServer
 from statecast.components.redis.pipeline import Pipeline
-from statecast.components.redis.server import find_problem, parse_info
 from statecast.components.redis.settings import read_settings
 from statecast.errors import ComponentError, InvalidRequest
 
@@ -51,10 +50,12 @@ class RedisBroker:
         self._settings = read_settings(fields)
         self._trim = _read_trim(fields, describe(component))
         self._pace = _read_pace(fields)
-        self._consumer_id = fields.text("consumerID")
+        self._consumer_id = fields.trimmed_text("consumerID")
         fields.unsupported("concurrency")
         fields.finish()
         self._described = describe(component)
+        # A server that takes no connection must leave opening the time to end.
+        self._patience = component.init_timeout.total_seconds() / 2
         self._app_id = app_id
         self._clock = clock
         self._pipeline = Pipeline(self._settings)
@@ -77,26 +78,23 @@ class RedisBroker:
     async def publish(
         self, messages: Sequence[Message], timeout: timedelta, settlement: Settlement = Settlement.STORED
     ) -> list[Outcome]:
-        """Publish run by run; a key that was stopped in one run stays stopped in the next ones."""
+        """Publish run by run; what may not be sent in one run may not in the next ones."""
         end = asyncio.get_running_loop().time() + timeout.total_seconds()
+        lanes = Lanes()
         outcomes: list[Outcome] = []
-        stopped: set[tuple[str, str]] = set()
         for run in runs_of(messages):
-            told = await self._publish_open_lanes(run, stopped, end)
-            outcomes += told
-            for message, outcome in zip(run, told, strict=True):
-                if message.key is not None and not isinstance(outcome, Published):
-                    stopped.add((message.topic, message.key))
+            outcomes += await self._publish_open_lanes(run, lanes, end)
         return outcomes
 
-    async def _publish_open_lanes(
-        self, run: Sequence[Message], stopped: set[tuple[str, str]], end: float
-    ) -> list[Outcome]:
-        is_open = [message.key is None or (message.topic, message.key) not in stopped for message in run]
-        told = iter(await self._publish_run([message for message, flag in zip(run, is_open, strict=True) if flag], end))
-        return [next(told) if flag else HELD_BACK for flag in is_open]
+    async def _publish_open_lanes(self, run: Sequence[Message], lanes: Lanes, end: float) -> list[Outcome]:
+        is_open = [lanes.is_open(message) for message in run]
+        sent = [message for message, flag in zip(run, is_open, strict=True) if flag]
+        told = iter(await self._publish_run(sent, lanes, end))
+        outcomes = [next(told) if flag else HELD_BACK for flag in is_open]
+        lanes.note(run, outcomes)
+        return outcomes
 
-    async def _publish_run(self, run: Sequence[Message], end: float) -> list[Outcome]:
+    async def _publish_run(self, run: Sequence[Message], lanes: Lanes, end: float) -> list[Outcome]:
         if not run:
             return []
         if len(run[0].body) > LARGEST_MESSAGE_BYTES:
@@ -105,20 +103,20 @@ class RedisBroker:
         left = end - asyncio.get_running_loop().time()
         try:
             failed = await self._pipeline.run_within(left, PUBLISH, len(topics), *topics, argument)
-        except ErrorReply as error:
+        except (NotSent, Unanswered, ErrorReply) as error:
             # A right that is missing for one topic fails the script before it begins, for all topics.
-            if error.code == "NOPERM" and len(topics) > 1:
-                return await self._publish_by_topic(run, topics, end)
-            return [outcome_of_error(error)] * len(run)
-        except (NotSent, Unanswered) as error:
-            return [outcome_of_error(error)] * len(run)
+            if isinstance(error, ErrorReply) and error.code == "NOPERM" and len(topics) > 1:
+                return await self._publish_by_topic(run, topics, lanes, end)
+            return [outcome_of_error(error, is_alone=len(run) == 1)] * len(run)
         return outcomes_of(failed, len(run))
 
-    async def _publish_by_topic(self, run: Sequence[Message], topics: Sequence[str], end: float) -> list[Outcome]:
-        told = {
-            topic: iter(await self._publish_run([message for message in run if message.topic == topic], end))
-            for topic in topics
-        }
+    async def _publish_by_topic(
+        self, run: Sequence[Message], topics: Sequence[str], lanes: Lanes, end: float
+    ) -> list[Outcome]:
+        told = {}
+        for topic in topics:
+            part = [message for message in run if message.topic == topic]
+            told[topic] = iter(await self._publish_open_lanes(part, lanes, end))
         return [next(told[message.topic]) for message in run]
 
     @asynccontextmanager
@@ -148,12 +146,11 @@ class RedisBroker:
 
     async def _examine_server(self) -> None:
         try:
-            facts = parse_info(await self._pipeline.command("INFO"))
+            await self._pipeline.command_within(self._patience, "PING")
+        except UnfitServer as error:
+            raise ComponentError(str(error)) from error
         except (NotSent, Unanswered, ErrorReply) as error:
             logger.warning("%s: Redis does not answer yet: %s", self._described, error)
-            return
-        if problem := find_problem(facts):
-            raise ComponentError(f"{self._described}: {problem}")
 
 
 def _read_trim(fields: MetadataReader, described: str) -> Trim:

@@ -13,12 +13,13 @@ from statecast.components.redis.connection import ErrorReply, NotSent, Reply, Un
 from statecast.components.redis.pipeline import Script
 
 _LONGEST_RUN: Final = 500
-_LARGEST_RUN_BYTES: Final = 4 * 1024 * 1024
+_LARGEST_RUN_BYTES: Final = 512 * 1024  # a server can be told to take no more than 1 MiB in one command
 
 LARGEST_MESSAGE_BYTES: Final = 500 * 1024 * 1024
 """What goes into one command of a Redis server (proto-max-bulk-len is 512 MiB) with room for what is around it."""
 
-_PASSING: Final = ("OOM", "READONLY", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOAUTH", "CLUSTERDOWN", "BUSY")
+_TOO_LARGE: Final = ("invalid bulk length", "Elements are too large to be stored")
+"""What a server says of a message that it will never take."""
 
 PUBLISH: Final = Script("""
 -- KEYS: topics; ARGV[1]: {'' | 'MAXLEN' | 'MINID', entries or milliseconds to keep, messages}
@@ -46,6 +47,8 @@ for i = 1, #messages do
     if message[4] then command[n + 4], command[n + 5] = 'metadata', message[4] end
     local reply = redis.pcall(unpack(command))
     if type(reply) == 'table' and reply.err then
+      -- A replica takes nothing of the run. The connection is to see that, so it is the answer of the script.
+      if string.find(reply.err, 'READONLY') or string.find(reply.err, 'MASTERDOWN') then return reply end
       failed[#failed + 1] = {i, reply.err}
       if lane then stopped[lane] = true end
     end
@@ -102,28 +105,57 @@ def encode_run(messages: Sequence[Message], trim: Trim) -> tuple[list[str], byte
     return list(topics), packed
 
 
+class Lanes:
+    """Which messages of a call may still be sent: none behind one of the same topic and key that was not published,
+    and none at all behind one of which nothing is known, since its server is not heard any more."""
+
+    def __init__(self) -> None:
+        self._stopped: set[tuple[str, str]] = set()
+        self._is_server_heard = True
+
+    def is_open(self, message: Message) -> bool:
+        return self._is_server_heard and (message.key is None or (message.topic, message.key) not in self._stopped)
+
+    def note(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
+        for message, outcome in zip(messages, outcomes, strict=True):
+            if isinstance(outcome, Unknown):
+                self._is_server_heard = False
+            if message.key is not None and not isinstance(outcome, Published):
+                self._stopped.add((message.topic, message.key))
+
+
 def outcomes_of(reply: Reply, count: int) -> list[Outcome]:
     """Read the script's answer: an outcome for each message."""
     outcomes: list[Outcome] = [Published()] * count
     for index, error in reply:
         text = error.decode(errors="replace")
-        outcomes[index - 1] = outcome_of_error(ErrorReply(text)) if text else HELD_BACK
+        outcomes[index - 1] = _outcome_of_refusal(ErrorReply(text)) if text else HELD_BACK
     return outcomes
 
 
-HELD_BACK: Final = Unreachable("held back: an earlier message of the same topic and key was not published")
+HELD_BACK: Final = Unreachable("held back: an earlier message was not published")
 
 
-def outcome_of_error(error: NotSent | Unanswered | ErrorReply) -> Refused | Unreachable | Unknown:
-    """Tell what a failure means for a message that it befell."""
+def outcome_of_error(error: NotSent | Unanswered | ErrorReply, *, is_alone: bool) -> Outcome:
+    """Tell what the failure of a run means for each of its messages, or for the one that it has."""
     match error:
         case NotSent():
             return Unreachable(str(error))
-        case Unanswered():
-            return Unknown(str(error))
-        case ErrorReply(is_missing_right=True) | ErrorReply(code="WRONGTYPE"):
-            return Refused(str(error), is_about_topic=True)
-        case ErrorReply(code=code) if code in _PASSING:
-            return Unreachable(str(error))
-        case ErrorReply():
+        case ErrorReply(is_refusal=True) | ErrorReply(is_missing_right=True):
+            return _outcome_of_refusal(error)
+        case ErrorReply() if is_alone and _is_too_large(error):
             return Refused(str(error))
+        case Unanswered() | ErrorReply():
+            return Unknown(str(error))
+
+
+def _outcome_of_refusal(error: ErrorReply) -> Refused | Unreachable:
+    """Tell what it means for a message that the server did not do it. Hardly ever is that the message's own fault:
+    what is not known to be, nor to be the topic's, passes."""
+    if error.is_missing_right or error.code == "WRONGTYPE":
+        return Refused(str(error), is_about_topic=True)
+    return Refused(str(error)) if _is_too_large(error) else Unreachable(str(error))
+
+
+def _is_too_large(error: ErrorReply) -> bool:
+    return any(words in str(error) for words in _TOO_LARGE)

@@ -7,7 +7,6 @@ consumer that nobody is, with its idle time set so that the next one who looks t
 
 import asyncio
 import logging
-import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import orjson
 
 from statecast.clock import Clock
 from statecast.components.broker.broker import Message
+from statecast.components.broker.redis.members import FORGET, FORGET_SILENT, HANDED_BACK, PREFIX, name_member
 from statecast.components.redis.connection import Argument, ErrorReply, NotSent, Reply, Unanswered
-from statecast.components.redis.pipeline import Pipeline, Script
+from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import RedisSettings
 from statecast.errors import InvalidRequest
 
@@ -34,21 +34,22 @@ _PAUSE: Final = timedelta(milliseconds=500)
 
 _LEAVE_TIMEOUT: Final = timedelta(seconds=3)
 
-_HANDED_BACK: Final = "statecast-handed-back"
+_HANDED_BACK_IDLE: Final = timedelta(seconds=1)
+"""For how long at least nobody has had what was handed back: what somebody has is not taken from him."""
+
+_LOOK_INTERVAL: Final = timedelta(seconds=15)
+"""How often to look for what was handed back, where nothing else is given again."""
+
+_FORGOTTEN_AFTER: Final = timedelta(minutes=1)
+"""How long a member has been silent that is gone, where no processing timeout says so."""
 
 _Entry = tuple[bytes, list[bytes] | None]
-
-_FORGET_MEMBER: Final = Script("""
--- KEYS: topic; ARGV: group, consumer. A consumer that is deleted takes what is pending with it into nowhere.
-local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2])
-if pending.err or #pending > 0 then return 0 end
-return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
-""")
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When entries are given again: at zero of either interval, never. `queue_depth` is how many are read at once."""
+    """When entries are given again: at zero of either interval, never, but for what a member that leaves hands back.
+    `queue_depth` is how many are read at once."""
 
     processing_timeout: timedelta
     redeliver_interval: timedelta
@@ -57,6 +58,14 @@ class Pace:
     @property
     def redelivers(self) -> bool:
         return bool(self.processing_timeout and self.redeliver_interval)
+
+    @property
+    def forgotten_after(self) -> timedelta:
+        return self.processing_timeout or _FORGOTTEN_AFTER
+
+    @property
+    def look_interval(self) -> timedelta:
+        return self.redeliver_interval or _LOOK_INTERVAL
 
 
 class StreamDelivery:
@@ -94,7 +103,7 @@ class Subscription:
     ) -> None:
         self._topic = topic
         self._group = group
-        self._consumer = secrets.token_hex(8)
+        self._consumer = name_member()
         self._settling = settling
         self._reading = Pipeline(settings, read_timeout=(settings.read_timeout + _BLOCK).total_seconds())
         self._pace = pace
@@ -113,6 +122,7 @@ class Subscription:
         await self._reading.__aenter__()
         try:
             await self._stand()
+            await self._forget_silent_members()
         except BaseException:
             await self._reading.__aexit__(None, None, None)
             raise
@@ -219,6 +229,14 @@ class Subscription:
             if error.code != "BUSYGROUP":
                 raise
 
+    async def _forget_silent_members(self) -> None:
+        """Delete who ended without leaving; what such a one had in hand must have been taken over before."""
+        silence = self._pace.forgotten_after // timedelta(milliseconds=1)
+        try:
+            await self._settling.run(FORGET_SILENT, 1, self._topic, self._group, PREFIX, silence)
+        except (NotSent, Unanswered, ErrorReply) as error:
+            logger.warning("members of group %r that are gone stay listed on %r: %s", self._group, self._topic, error)
+
     async def _fill_or_pause(self) -> None:
         try:
             await self._fill()
@@ -241,8 +259,8 @@ class Subscription:
         brought us unseen, what is new."""
         if self._pace.redelivers:
             await self._fill_with_postponed()
-            if not self._fresh and self._others_due <= self._clock.monotonic():
-                await self._fill_from_others()
+        if not self._fresh and self._others_due <= self._clock.monotonic():
+            await self._fill_from_others()
         if not self._fresh and self._own_from is not None:
             await self._fill_from_own(self._own_from)
         if not self._fresh:
@@ -260,9 +278,12 @@ class Subscription:
         ids = [delivery.id for delivery in due]
         claimed = await self._settle("XCLAIM", self._topic, self._group, self._consumer, idle, *ids)
         attempts = {delivery.id: delivery.attempt + 1 for delivery in due}
-        await self._deliver((entry for entry in claimed if entry is not None), attempts)
+        await self._deliver(self._without_deleted(claimed), attempts)
 
     async def _fill_from_others(self) -> None:
+        if not self._pace.redelivers:
+            await self._fill_with_handed_back()
+            return
         idle = self._pace.processing_timeout // timedelta(milliseconds=1)
         reply = await self._settle(
             "XAUTOCLAIM",
@@ -270,9 +291,25 @@ class Subscription:
         )
         self._others_from = reply[0].decode()
         if self._others_from == "0-0":
-            self._others_due = self._clock.monotonic() + self._pace.redeliver_interval.total_seconds()
-        claimed = [entry for entry in reply[1] if entry is not None]
+            self._look_later()
+        claimed = self._without_deleted(reply[1])
         await self._deliver(claimed, await self._attempts(claimed))
+
+    async def _fill_with_handed_back(self) -> None:
+        pending = await self._settle(
+            "XPENDING", self._topic, self._group, "-", "+", self._pace.queue_depth, HANDED_BACK
+        )
+        if not pending:
+            self._look_later()
+            return
+        # Of two who look at once, the second finds what the first has claimed no longer idle.
+        idle = _HANDED_BACK_IDLE // timedelta(milliseconds=1)
+        ids = [id for id, _, _, _ in pending]
+        claimed = await self._settle("XCLAIM", self._topic, self._group, self._consumer, idle, *ids)
+        await self._deliver(self._without_deleted(claimed), {id: count + 1 for id, _, _, count in pending})
+
+    def _look_later(self) -> None:
+        self._others_due = self._clock.monotonic() + self._pace.look_interval.total_seconds()
 
     async def _fill_from_own(self, start: str) -> None:
         reply = await self._settle(
@@ -291,6 +328,13 @@ class Subscription:
             *("BLOCK", _BLOCK // timedelta(milliseconds=1), "STREAMS", self._topic, ">"),
         )
         self._fresh.extend(self._known(_entries(reply), {}))
+
+    def _without_deleted(self, claimed: Sequence[_Entry | None]) -> list[_Entry]:
+        """Leave out what Redis 6.2 claimed for us and found deleted: it gives nil for it. What is pending with us has
+        the id, and lets it be settled."""
+        if None in claimed:
+            self._own_from = "0-0"
+        return [entry for entry in claimed if entry is not None]
 
     async def _attempts(self, entries: Sequence[_Entry]) -> dict[bytes, int]:
         if not entries:
@@ -316,17 +360,18 @@ class Subscription:
         ]
 
     async def _hand_back(self) -> None:
-        idle = ("IDLE", self._pace.processing_timeout // timedelta(milliseconds=1), "JUSTID")
-        to = (self._topic, self._group, _HANDED_BACK, 0)
+        idle = max(self._pace.processing_timeout, _HANDED_BACK_IDLE)
+        as_idle = ("IDLE", idle // timedelta(milliseconds=1), "JUSTID")
+        to = (self._topic, self._group, HANDED_BACK, 0)
         by_attempt: dict[int, list[bytes]] = {}
         for delivery in self._fresh:
             by_attempt.setdefault(delivery.attempt - 1, []).append(delivery.id)
         for attempts, ids in by_attempt.items():
             # Nobody had these in hand: it does not count.
-            await self._settle("XCLAIM", *to, *ids, "RETRYCOUNT", attempts, *idle)
+            await self._settle("XCLAIM", *to, *ids, "RETRYCOUNT", attempts, *as_idle)
         if ids := [*self._held, *self._postponed]:
-            await self._settle("XCLAIM", *to, *ids, *idle)
-        await self._settling.run(_FORGET_MEMBER, 1, self._topic, self._group, self._consumer)
+            await self._settle("XCLAIM", *to, *ids, *as_idle)
+        await self._settling.run(FORGET, 1, self._topic, self._group, self._consumer)
 
     async def _settle(self, *arguments: Argument) -> Reply:
         return await self._settling.command(*arguments)

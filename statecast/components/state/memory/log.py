@@ -2,7 +2,7 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, count, islice
@@ -17,12 +17,17 @@ from statecast.components.state.log import (
     DEFAULT_SLICES,
     Batch,
     Deferral,
-    DeferredKey,
+    DeferredQueue,
     Failure,
     Lease,
     LogEntry,
+    QueueProgress,
+    QueueStatus,
     SliceStatus,
+    Topic,
+    share_of,
     slice_of,
+    up_to_read_bytes,
 )
 from statecast.components.state.memory.expiring import Expiring
 from statecast.components.state.memory.lifetime import Lifetime
@@ -37,7 +42,7 @@ _NO_FAILURE: Final = Failure(0, timedelta(0), "")
 
 @dataclass(slots=True)
 class _Aside:
-    """The entries of one key that wait beside the log; `due_at` None: parked."""
+    """The entries of one queue; `due_at` None: parked."""
 
     entries: dict[str, LogEntry] = field(default_factory=dict)
     attempts: int = 0
@@ -48,6 +53,20 @@ class _Aside:
         self.attempts, self.reason = failure.attempts, failure.reason
         self.due_at = None if failure.pause is None else now + failure.pause
 
+    def is_due(self, now: datetime) -> bool:
+        return self.due_at is not None and self.due_at <= now
+
+    def status(self, queue: DeferredQueue, now: datetime) -> QueueStatus:
+        return QueueStatus(
+            queue=queue,
+            attempts=self.attempts,
+            reason=self.reason,
+            is_due=self.is_due(now),
+            is_parked=self.due_at is None,
+            pending=len(self.entries),
+            oldest_at=next(iter(self.entries.values())).created_at,
+        )
+
 
 @dataclass(slots=True)
 class _Slice:
@@ -57,7 +76,7 @@ class _Slice:
     epoch: int = 0
     owner: str | None = None
     ends_at: datetime = _LONG_AGO
-    deferred: dict[str, _Aside] = field(default_factory=dict)
+    deferred: dict[DeferredQueue, _Aside] = field(default_factory=dict)
 
     def after(self, position: int, limit: int | None = None) -> list[_Row]:
         start = bisect_right(self.rows, position, key=_row_number)
@@ -81,42 +100,29 @@ class _Slice:
         return True
 
     def defer(self, deferral: Deferral, now: datetime) -> None:
-        aside = self.deferred.setdefault(deferral.entries[0].record.order_key, _Aside())
+        aside = self.deferred.setdefault(DeferredQueue.of(deferral.entries[0]), _Aside())
         if not aside.entries:
             aside.fail(deferral.failure or _NO_FAILURE, now)
         for entry in deferral.entries:
             aside.entries.setdefault(entry.id, entry)
 
-    def settle(self, order_key: str, published: Sequence[str], failure: Failure | None, now: datetime) -> bool:
-        aside = self.deferred.get(order_key, _Aside())
-        for id in published:
+    def settle(self, progress: QueueProgress, now: datetime) -> bool:
+        """Tell whether anything is left."""
+        aside = self.deferred.get(progress.queue, _Aside())
+        for id in progress.published:
             aside.entries.pop(id, None)
         if not aside.entries:
-            self.deferred.pop(order_key, None)
+            self.deferred.pop(progress.queue, None)
             return False
-        aside.fail(failure or _NO_FAILURE, now)
+        aside.fail(progress.failure or _NO_FAILURE, now)
         return True
 
-    def deferred_keys(self, now: datetime) -> list[tuple[datetime, DeferredKey]]:
-        return [
-            (
-                aside.due_at or _FAR_AWAY,
-                DeferredKey(
-                    slice=self.number,
-                    order_key=order_key,
-                    attempts=aside.attempts,
-                    reason=aside.reason,
-                    is_due=aside.due_at is not None and aside.due_at <= now,
-                    is_parked=aside.due_at is None,
-                    pending=len(aside.entries),
-                    oldest_at=next(iter(aside.entries.values())).created_at,
-                ),
-            )
-            for order_key, aside in self.deferred.items()
-        ]
-
     def replay(self, order_key: str | None, now: datetime) -> int:
-        parked = [aside for key, aside in self.deferred.items() if aside.due_at is None and order_key in (None, key)]
+        parked = [
+            aside
+            for queue, aside in self.deferred.items()
+            if aside.due_at is None and order_key in (None, queue.order_key)
+        ]
         for aside in parked:
             aside.fail(Failure(0, timedelta(0), aside.reason), now)
         return len(parked)
@@ -178,10 +184,10 @@ class MemoryOutboxLog:
     async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
         self._lifetime.require_open()
         unread = chain.from_iterable(self._unread(lease, limit) for lease in leases)
-        rows = sorted(unread, key=_row_number)[:limit]
-        last = {entry.slice: str(number) for number, entry in rows}
+        entries = up_to_read_bytes(entry for _, entry in sorted(unread, key=_row_number)[:limit])
+        last = {entry.slice: entry.id for entry in entries}
         return Batch(
-            entries=tuple(entry for _, entry in rows),
+            entries=tuple(entries),
             leases=tuple(replace(lease, position=last.get(lease.slice, lease.position)) for lease in leases),
         )
 
@@ -200,23 +206,34 @@ class MemoryOutboxLog:
         for lease in leases:
             self._slices[lease.slice].release(lease)
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
+        self._lifetime.require_open()
+        return self._statuses(self._asides(slices))
+
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
         self._lifetime.require_open()
         now = self._clock.now()
-        found = chain.from_iterable(self._slices[number].deferred_keys(now) for number in slices)
-        return [key for _, key in sorted(found, key=itemgetter(0))]
+        due = (
+            (queue, aside)
+            for queue, aside in self._asides(slices)
+            if aside.is_due(now) and (queue.pubsub, queue.topic) not in but_for
+        )
+        return self._statuses(due)[:limit]
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
         self._lifetime.require_open()
-        aside = self._slices[slice].deferred.get(order_key, _Aside())
-        return list(islice(aside.entries.values(), limit))
+        share = share_of(limit, len(queues))
+        asides = (self._slices[queue.slice].deferred.get(queue, _Aside()) for queue in queues)
+        return up_to_read_bytes(entry for aside in asides for entry in islice(aside.entries.values(), share))
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
         self._lifetime.require_open()
-        each = self._slices[lease.slice]
-        return not each.is_mine(lease) or each.settle(order_key, published, failure, self._clock.now())
+        now = self._clock.now()
+        mine = {lease.slice for lease in leases if self._slices[lease.slice].is_mine(lease)}
+        settled = (each for each in progress if each.queue.slice in mine)
+        return [each.queue for each in settled if not self._slices[each.queue.slice].settle(each, now)]
 
     async def replay(self, order_key: str | None = None) -> int:
         self._lifetime.require_open()
@@ -238,6 +255,14 @@ class MemoryOutboxLog:
         self._lifetime.require_open()
         now = self._clock.now()
         return [each.status(now) for each in self._slices]
+
+    def _asides(self, slices: Collection[int]) -> Iterable[tuple[DeferredQueue, _Aside]]:
+        return chain.from_iterable(self._slices[number].deferred.items() for number in slices)
+
+    def _statuses(self, asides: Iterable[tuple[DeferredQueue, _Aside]]) -> list[QueueStatus]:
+        now = self._clock.now()
+        due_first = sorted(asides, key=lambda each: each[1].due_at or _FAR_AWAY)
+        return [aside.status(queue, now) for queue, aside in due_first]
 
     def _unread(self, lease: Lease, limit: int) -> list[_Row]:
         return self._slices[lease.slice].after(int(lease.position), limit)

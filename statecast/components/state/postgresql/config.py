@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
+from statecast.components.address import Address, parse_address
 from statecast.components.manifest import Component, describe
 from statecast.components.metadata import STATE_FIELDS, MetadataReader
 from statecast.errors import ComponentError
@@ -15,6 +17,22 @@ _KEYWORD_PAIR = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:
 _NAME = r"[A-Za-z_][A-Za-z0-9_$]*"
 _PREFIX = re.compile(rf"(?:(?P<schema>{_NAME})\.)?(?P<name>{_NAME})?")
 _TABLE = re.compile(rf"(?:(?P<schema>{_NAME})\.)?(?P<name>{_NAME})")
+_PORT = re.compile(r"[0-9]{0,5}")
+_DEFAULT_PORT = 5432
+_POOL_SIZE = re.compile(r"[0-9]{1,9}")
+
+_STRINGS = ("connectionString", "url")
+_FORM = (
+    "takes postgresql://user:password@host:port/database, where signs such as / ? # @ in a password are "
+    "percent-encoded, or host=… port=… user=… password=… dbname=…"
+)
+# https://www.postgresql.org/docs/current/libpq-connect.html
+_WORDS = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
+}
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+
 # PostgreSQL cuts identifiers at 63 bytes; the longest that is made from a prefix adds less than 33 to it.
 _LONGEST_PREFIX = 30
 
@@ -22,6 +40,7 @@ _LONGEST_PREFIX = 30
 # refuses what it does not know.
 _NOT_FOR_THE_SERVER = frozenset(
     {
+        "hostaddr",
         "connect_timeout",
         "default_query_exec_mode",
         "statement_cache_capacity",
@@ -49,9 +68,18 @@ class QualifiedName:
     name: str
 
 
+class _Setting(NamedTuple):
+    """One of libpq's settings, and the metadata field that it is from."""
+
+    text: str
+    field: str
+
+
 @dataclass(frozen=True, slots=True)
 class PostgresqlConfig:
-    """`url` is what the driver is given, kept out of `repr` since it may hold a password.
+    """`url` is what the driver is given, kept out of `repr` since it may hold a password. `files` are those that it
+    reads when it connects, by path, with what messages call them; `stand_in` is what messages have in place of a
+    server that is secret.
 
     `cleanup_interval` None means that nothing is swept here. The name of `table_prefix` may be empty.
     `groups_commits` tells whether commits that wait together go in one call, `is_pooled` that what is connected to is
@@ -59,6 +87,8 @@ class PostgresqlConfig:
     """
 
     url: str = field(repr=False)
+    files: Mapping[str, str] = field(repr=False)
+    stand_in: str | None
     timeout: timedelta
     cleanup_interval: timedelta | None
     table_prefix: QualifiedName
@@ -93,7 +123,9 @@ def read_config(component: Component) -> PostgresqlConfig:
         "cleanupInterval", aliases=("cleanupIntervalInSeconds",), default=timedelta(hours=1)
     )
     config = PostgresqlConfig(
-        url=_driver_url(settings),
+        url=_driver_url(settings, _servers(settings, reader)),
+        files=_files(settings, reader),
+        stand_in=_stand_in(settings, reader),
         timeout=reader.duration(
             "timeout", aliases=("timeoutInSeconds",), default=timedelta(seconds=20), minimum=timedelta(seconds=1)
         ),
@@ -113,12 +145,15 @@ def parse_connection_string(text: str) -> dict[str, str]:
     return _parse_url(text) if _URL.match(text) else _parse_keywords(text)
 
 
-def _connection_settings(reader: MetadataReader) -> dict[str, str]:
-    text = reader.text("connectionString", aliases=("url",))
+def _connection_settings(reader: MetadataReader) -> dict[str, _Setting]:
+    string, url = map(reader.text, _STRINGS)
+    source = "url" if string is None and url is not None else "connectionString"
     try:
-        settings = parse_connection_string(text or "")
-    except ValueError as error:
-        raise reader.error("connectionString", f"cannot be read: {error}") from None
+        parsed = parse_connection_string(string or url or "")
+    except ValueError:
+        # Its text quotes what cannot be read, which may be a password.
+        raise reader.error(source, _FORM) from None
+    settings = {keyword: _Setting(value, source) for keyword, value in parsed.items() if value}
     for name, keyword in (
         ("host", "host"),
         ("hostaddr", "hostaddr"),
@@ -129,20 +164,27 @@ def _connection_settings(reader: MetadataReader) -> dict[str, str]:
         ("sslRootCert", "sslrootcert"),
     ):
         if (value := reader.text(name)) is not None:
-            settings[keyword] = value
+            settings[keyword] = _Setting(value, name)
     if not settings:
-        raise reader.error("connectionString", "is required, or host, database, user and password in its place")
+        raise reader.error(source, "is required, or host, database, user and password in its place")
+    for keyword, words in _WORDS.items():
+        if (setting := settings.get(keyword)) is not None and setting.text not in words:
+            raise reader.error(setting.field, f"has {keyword}, which is one of {', '.join(words)}")
     return settings
 
 
 def _parse_url(text: str) -> dict[str, str]:
     parts = urlsplit(text)
-    credentials, _, hosts = parts.netloc.rpartition("@")
+    if parts.fragment:
+        raise ValueError("a connection string has no fragment")
+    credentials, _, servers = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
+    hosts, ports = zip(*(_split_port(each) for each in servers.split(",")), strict=True)
     named = {
         "user": unquote(user),
         "password": unquote(password),
-        "host": unquote(hosts),
+        "host": unquote(",".join(hosts)),
+        "port": ",".join(ports) if any(ports) else "",
         "dbname": unquote(parts.path.removeprefix("/")),
     }
     settings = {keyword: value for keyword, value in named.items() if value}
@@ -150,6 +192,11 @@ def _parse_url(text: str) -> dict[str, str]:
     if "database" in query:
         query["dbname"] = query.pop("database")
     return settings | query
+
+
+def _split_port(server: str) -> tuple[str, str]:
+    host, colon, port = server.rpartition(":")
+    return (host, port) if colon and not server.endswith("]") else (server, "")
 
 
 def _parse_keywords(text: str) -> dict[str, str]:
@@ -165,23 +212,75 @@ def _parse_keywords(text: str) -> dict[str, str]:
     return settings
 
 
-def _driver_url(settings: Mapping[str, str]) -> str:
-    known = {
-        keyword: value
-        for keyword, value in settings.items()
-        if keyword not in _NOT_FOR_THE_SERVER and not keyword.startswith("pool_") and value
+def _servers(settings: Mapping[str, _Setting], reader: MetadataReader) -> dict[str, str]:
+    """Give hosts and ports as the driver takes them; what is not given it looks for in the environment."""
+    ports = _ports(settings, reader)
+    given = _hosts(settings)
+    if given is None:
+        return {"port": ",".join(map(str, ports))} if "port" in settings else {}
+    hosts = given.text.split(",")
+    try:
+        servers = [_server(*each) for each in zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)]
+    except ValueError:
+        expectation = "takes a host, or several with commas between and as many ports, or one"
+        raise _refused(given, expectation, reader, shows_value=False) from None
+    known = {"host": ",".join(f"[{server.host}]" if ":" in server.host else server.host for server in servers)}
+    if "port" in settings or any(server.port != _DEFAULT_PORT for server in servers):
+        known["port"] = ",".join(str(server.port) for server in servers)
+    return known
+
+
+def _hosts(settings: Mapping[str, _Setting]) -> _Setting | None:
+    return settings.get("hostaddr") or settings.get("host")
+
+
+def _ports(settings: Mapping[str, _Setting], reader: MetadataReader) -> list[int]:
+    given = settings.get("port", _Setting("", ""))
+    texts = given.text.split(",")
+    if not all(_PORT.fullmatch(text) and 0 < int(text or _DEFAULT_PORT) < 65536 for text in texts):
+        raise _refused(given, "takes a port from 1 to 65535, or one for each host", reader)
+    return [int(text or _DEFAULT_PORT) for text in texts]
+
+
+def _server(host: str, port: int) -> Address:
+    return Address(host, port) if host.startswith("/") else parse_address(host, port)
+
+
+def _refused(
+    setting: _Setting, expectation: str, reader: MetadataReader, *, shows_value: bool = True
+) -> ComponentError:
+    """Where a connection string breaks may be in the midst of its password, so of that the whole form is told."""
+    is_string = setting.field in _STRINGS
+    return reader.error(setting.field, _FORM if is_string else expectation, shows_value=shows_value)
+
+
+def _files(settings: Mapping[str, _Setting], reader: MetadataReader) -> dict[str, str]:
+    given = {keyword: settings[keyword] for keyword in _FILES if keyword in settings}
+    return {
+        setting.text: f"{keyword} {reader.stand_in(setting.field) or repr(setting.text)}"
+        for keyword, setting in given.items()
     }
-    address = known.pop("hostaddr", None)
-    if address is not None:
-        known["host"] = f"[{address}]" if ":" in address else address
-    return f"postgresql://?{urlencode(known, quote_via=quote)}"
 
 
-def _pool_size(settings: Mapping[str, str], reader: MetadataReader) -> int:
-    size = settings.get("pool_max_conns", "16")  # pgx's own spelling, inside the connection string
-    if not size.isdecimal() or int(size) < 1:
-        raise reader.error("connectionString", "has a pool_max_conns that is no whole number, 1 or more")
-    return int(size)
+def _stand_in(settings: Mapping[str, _Setting], reader: MetadataReader) -> str | None:
+    given = _hosts(settings)
+    return None if given is None else reader.stand_in(given.field)
+
+
+def _driver_url(settings: Mapping[str, _Setting], servers: Mapping[str, str]) -> str:
+    known = {
+        keyword: setting.text
+        for keyword, setting in settings.items()
+        if keyword not in _NOT_FOR_THE_SERVER and not keyword.startswith("pool_")
+    }
+    return f"postgresql://?{urlencode({**known, **servers}, quote_via=quote)}"
+
+
+def _pool_size(settings: Mapping[str, _Setting], reader: MetadataReader) -> int:
+    size = settings.get("pool_max_conns", _Setting("16", ""))  # pgx's own spelling, inside the connection string
+    if not _POOL_SIZE.fullmatch(size.text) or int(size.text) < 1:
+        raise reader.error(size.field, "has a pool_max_conns that is no whole number, 1 or more")
+    return int(size.text)
 
 
 def _prefix(reader: MetadataReader) -> QualifiedName:

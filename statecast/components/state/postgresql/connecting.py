@@ -1,6 +1,7 @@
 """Opening connections with the settings that this store wants of a session."""
 
 import asyncio
+import os
 from datetime import timedelta
 
 import asyncpg
@@ -14,7 +15,7 @@ _CONFIGURED_WRONG = frozenset({"28P01", "28000", "3D000", "3F000", "42501"})
 # PgBouncer's words, with the SQLSTATE that it has for everything.
 _NO_PARAMETERS = "unsupported startup parameter"
 
-OPENING_FAILURES = (OSError, TimeoutError, ValueError, ComponentError, asyncpg.PostgresError, asyncpg.InterfaceError)
+OPENING_FAILURES = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError)
 """What `failure_at_opening` translates."""
 
 # The server ends a statement a little before its caller gives up: then its outcome is known.
@@ -30,8 +31,17 @@ _ARRAYS = ("boolean", "smallint", "integer", "bigint", "float8", "text", "bytea"
 
 
 async def connect(config: PostgresqlConfig, *, application: str, timeout: float | None = None) -> asyncpg.Connection:
-    """Open a connection within `timeout` seconds; raises what the driver raises."""
+    """Open a connection within `timeout` seconds; raises what the driver raises, without an address that is secret."""
     seconds = config.timeout.total_seconds() if timeout is None else timeout
+    try:
+        return await _connect(config, application, seconds)
+    except OSError as error:
+        if config.stand_in is None:
+            raise
+        raise ConnectionError(f"no connection to {config.stand_in}: {type(error).__name__}") from None
+
+
+async def _connect(config: PostgresqlConfig, application: str, seconds: float) -> asyncpg.Connection:
     if config.is_pooled:
         async with asyncio.timeout(seconds):
             return await _connect_to_pooler(config, application, seconds)
@@ -45,6 +55,13 @@ async def connect(config: PostgresqlConfig, *, application: str, timeout: float 
             **_PLANNING,
         },
     )
+
+
+def require_files(config: PostgresqlConfig) -> None:
+    """Raise ComponentError where a file is not there that the driver will read: it would not say which."""
+    for path, name in config.files.items():
+        if not os.access(path, os.R_OK):
+            raise ComponentError(f"the file of {name} cannot be read")
 
 
 def settings_of_statement(config: PostgresqlConfig) -> str:
@@ -85,12 +102,13 @@ def _server_milliseconds(config: PostgresqlConfig) -> int:
 
 def failure_at_opening(error: Exception) -> StatecastError:
     """Tell apart what the component says wrong from a server that is away."""
-    if isinstance(error, StatecastError):
-        return error
     if isinstance(error, asyncpg.PostgresError) and error.sqlstate in _CONFIGURED_WRONG:
         return ComponentError(f"{error} (SQLSTATE {error.sqlstate})")
     if isinstance(error, asyncpg.PostgresError) and _NO_PARAMETERS in str(error):
         return ComponentError(f'{error}: behind PgBouncer in transaction mode give pooled: "true"')
-    if isinstance(error, asyncpg.InterfaceError | ValueError):
+    if isinstance(error, asyncpg.InterfaceError):
         return ComponentError(f"the connection string does not work: {error}")
+    if isinstance(error, ValueError):
+        # Python's own text quotes a value.
+        return ComponentError("the connection string does not work")
     return StoreUnavailable(f"{error or type(error).__name__}")

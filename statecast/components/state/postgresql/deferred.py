@@ -1,25 +1,35 @@
-"""What is put aside of the log, key by key: the statements, and their arguments and answers; no I/O here.
+"""What is put aside of the log, queue by queue: the statements, and their arguments and answers; no I/O here.
 
-Every change is one statement, and made under a lease that still holds. The slice's row is locked first, then the
-keys in their order.
+Every change is one statement, and made under leases that still hold. The slices' rows are locked first, then those of
+the queues in their order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
-from statecast.components.state.log import Deferral, DeferredKey, Failure, Lease
-from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, write_metadata
+from statecast.components.state.log import (
+    Deferral,
+    DeferredQueue,
+    Failure,
+    Lease,
+    QueueProgress,
+    QueueStatus,
+    Topic,
+)
+from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, up_to_read_bytes, write_metadata
 from statecast.components.state.postgresql.schema import Layout
 
 _NO_FAILURE: Final = Failure(0, timedelta(0), "")
 _ENTRY_VALUES: Final = ENTRY_COLUMNS.replace("metadata", "metadata::json")
+_NAMES: Final = ("slice", "order_key", "pubsub", "topic")
+_QUEUE: Final = ", ".join(_NAMES)
 
 
 class DeferredStatements:
     def __init__(self, layout: Layout, log: int, advance: str) -> None:
         """`advance` moves the leases' positions on, with six parameters, and returns the slices of those that hold."""
-        keys, entries = layout.deferred_keys, layout.deferred
+        queues, entries = layout.deferred_queues, layout.deferred
         self.advance = (
             f"with mine as ({advance}),"
             f" aside as (insert into {entries} (log, {ENTRY_COLUMNS})"
@@ -27,55 +37,86 @@ class DeferredStatements:
             "    $11::smallint[], $12::text[], $13::text[], $14::text[], $15::bytea[], $16::timestamptz[])"
             f"   as e({ENTRY_COLUMNS})"
             "  where e.slice = any (array(select slice from mine))"
-            "  on conflict (log, slice, order_key, id) do nothing returning slice, order_key),"
-            " added as (select slice, order_key, count(*) as pending from aside group by slice, order_key),"
-            f" noted as (insert into {keys} as k (log, slice, order_key, attempts, due_at, reason, pending)"
-            f"  select {log}, slice, order_key, f.attempts, clock_timestamp() + make_interval(secs => f.pause),"
-            "   f.reason, added.pending"
-            "  from unnest($17::smallint[], $18::text[], $19::integer[], $20::float8[], $21::text[])"
-            "   as f(slice, order_key, attempts, pause, reason) join added using (slice, order_key)"
-            "  order by slice, order_key"
-            "  on conflict (log, slice, order_key) do update set pending = k.pending + excluded.pending)"
+            f"  on conflict do nothing returning {_QUEUE}),"
+            f" added as (select {_QUEUE}, count(*) as pending from aside group by {_QUEUE}),"
+            f" noted as (insert into {queues} as q (log, {_QUEUE}, attempts, due_at, reason, pending)"
+            f"  select {log}, {_QUEUE}, f.attempts, clock_timestamp() + make_interval(secs => f.pause), f.reason,"
+            "   added.pending"
+            "  from unnest($17::smallint[], $18::text[], $19::text[], $20::text[], $21::integer[], $22::float8[],"
+            f"    $23::text[]) as f({_QUEUE}, attempts, pause, reason) join added using ({_QUEUE})"
+            f"  order by {_QUEUE}"
+            f"  on conflict (log, {_QUEUE}) do update set pending = q.pending + excluded.pending)"
             " select slice, epoch from mine"
         )
-        self.keys = (
-            "select k.slice, k.order_key, k.attempts, k.reason, k.pending, k.due_at is null as is_parked,"
-            " coalesce(k.due_at <= clock_timestamp(), false) as is_due,"
-            f" (select e.created_at from {entries} e where e.log = k.log and e.slice = k.slice"
-            "   and e.order_key = k.order_key order by e.id limit 1) as oldest_at"
-            f" from {keys} k where k.log = {log} and k.slice = any ($1::smallint[])"
-            " order by k.due_at nulls last, k.slice, k.order_key"
+        status = (
+            f"select {_queue_in('q')}, q.attempts, q.reason, q.pending,"
+            " q.due_at is null as is_parked, coalesce(q.due_at <= now(), false) as is_due,"
+            f" (select e.created_at from {entries} e where {_is_of('e', 'q', log)} order by e.id limit 1) as oldest_at"
         )
-        self.read = (
-            f"select {ENTRY_COLUMNS} from {entries}"
-            f" where log = {log} and slice = $1 and order_key = $2 order by id limit $3"
+        self.queues = (
+            f"{status} from {queues} q where q.log = {log} and q.slice = any ($1::smallint[])"
+            " order by q.due_at nulls last, q.slice, q.order_key"
         )
-        of_key = f"x.log = {log} and x.slice = mine.slice and x.order_key = $3"
+        timed = f"select pubsub, topic from {queues} where log = {log} and due_at is not null"
+        self.due = (
+            # From topic to topic, by one look into the index for each: all queues of one that is left out may be due.
+            f"with recursive topics as (({timed} order by pubsub, topic limit 1)"
+            f" union all (select later.* from topics t cross join lateral ({timed}"
+            "   and (pubsub, topic) > (t.pubsub, t.topic) order by pubsub, topic limit 1) later))"
+            f"{status} from topics t cross join lateral (select * from {queues}"
+            f"  where log = {log} and pubsub = t.pubsub and topic = t.topic and due_at <= now()"
+            "   and slice = any ($1::smallint[]) order by due_at limit $2) q"
+            " where (t.pubsub, t.topic) not in (select * from unnest($3::text[], $4::text[]))"
+            " order by q.due_at limit $2"
+        )
+        self.read = up_to_read_bytes(
+            f"select q.number, e.* from unnest($1::smallint[], $2::text[], $3::text[], $4::text[])"
+            f" with ordinality as q({_QUEUE}, number)"
+            f" cross join lateral (select {ENTRY_COLUMNS} from {entries} e where {_is_of('e', 'q', log)}"
+            "  order by e.id limit $5) e order by q.number, e.id",
+            order="number, id",
+        )
         self.settle = (
             # A row that another statement holds is one of another owner's, or one of our own whose answer was lost:
             # waiting for it, this statement would not see what it has put aside meanwhile.
-            f"with mine as (select slice from {layout.slices}"
-            f"  where log = {log} and slice = $1 and epoch = $2 and owner is not null for update skip locked),"
-            f" gone as (delete from {entries} x using mine where {of_key} and x.id = any ($4::bigint[]) returning 1),"
-            f" remains as (select exists (select from {entries} x where x.log = {log} and x.slice = $1"
-            "   and x.order_key = $3 and x.id <> all ($4::bigint[])) as is_left),"
-            f" undeferred as (delete from {keys} x using mine, remains where {of_key} and not remains.is_left),"
-            f" noted as (update {keys} x set attempts = $5, due_at = clock_timestamp() + $6::interval, reason = $7,"
-            "   pending = x.pending - (select count(*) from gone)"
-            f"  from mine, remains where {of_key} and remains.is_left)"
-            " select is_left or not exists (select from mine) as is_left from remains"
+            f"with mine as (select s.slice from {layout.slices} s"
+            "  join unnest($1::smallint[], $2::bigint[]) as l(slice, epoch) using (slice, epoch)"
+            f"  where s.log = {log} and s.owner is not null order by s.slice for update of s skip locked),"
+            " asked as (select * from unnest($3::smallint[], $4::text[], $5::text[], $6::text[], $7::integer[],"
+            f"   $8::float8[], $9::text[]) with ordinality as a({_QUEUE}, attempts, pause, reason, number)"
+            "  where slice = any (array(select slice from mine))),"
+            f" held as (select a.*, q.pending from {queues} q join asked a on {_is_of('q', 'a', log)}"
+            f"  order by {_queue_in('q')} for update of q),"
+            f" gone as (delete from {entries} e using asked a, unnest($10::bigint[], $11::bigint[]) as p(number, id)"
+            f"  where p.number = a.number and {_is_of('e', 'a', log)} and e.id = p.id returning a.number),"
+            " rest as (select h.*, pending - (select count(*) from gone g where g.number = h.number) as remaining"
+            "  from held h),"
+            f" ended as (delete from {queues} q using rest r where {_is_of('q', 'r', log)} and r.remaining <= 0),"
+            f" noted as (update {queues} q set attempts = r.attempts, reason = r.reason, pending = r.remaining,"
+            "   due_at = clock_timestamp() + make_interval(secs => r.pause)"
+            f"  from rest r where {_is_of('q', 'r', log)} and r.remaining > 0)"
+            f" select {_queue_in('a')} from asked a left join rest r using (number)"
+            " where coalesce(r.remaining, 0) <= 0"
         )
         self.replay = (
-            f"with parked as (select slice, order_key from {keys}"
+            f"with parked as (select {_QUEUE} from {queues}"
             f"  where log = {log} and due_at is null and ($1::text is null or order_key = $1)"
-            "  order by slice, order_key for update)"
-            f" update {keys} k set attempts = 0, due_at = clock_timestamp() from parked p"
-            f" where k.log = {log} and k.slice = p.slice and k.order_key = p.order_key returning 1"
+            f"  order by {_QUEUE} for update)"
+            f" update {queues} q set attempts = 0, due_at = clock_timestamp() from parked p"
+            f" where {_is_of('q', 'p', log)} returning 1"
         )
+
+
+def _queue_in(row: str) -> str:
+    return ", ".join(f"{row}.{name}" for name in _NAMES)
+
+
+def _is_of(row: str, queue: str, log: int) -> str:
+    return " and ".join([f"{row}.log = {log}", *(f"{row}.{name} = {queue}.{name}" for name in _NAMES)])
 
 
 def deferral_columns(deferrals: Sequence[Deferral]) -> Iterable[list[object]]:
-    """Make the arguments of `advance` behind the leases': the entries, and the first failure of each of their keys."""
+    """Make the arguments of `advance` behind the leases': the entries, and each queue with its first failure."""
     entries = [entry for deferral in deferrals for entry in deferral.entries]
     yield [int(entry.id) for entry in entries]
     yield [entry.slice for entry in entries]
@@ -87,29 +128,42 @@ def deferral_columns(deferrals: Sequence[Deferral]) -> Iterable[list[object]]:
     yield [write_metadata(entry.record) for entry in entries]
     yield [entry.record.body for entry in entries]
     yield [entry.created_at for entry in entries]
-    failures: dict[tuple[int, str], Failure] = {}
+    failures: dict[DeferredQueue, Failure] = {}
     for deferral in deferrals:
         for entry in deferral.entries[:1]:
-            failures.setdefault((entry.slice, entry.record.order_key), deferral.failure or _NO_FAILURE)
-    yield [slice for slice, _ in failures]
-    yield [order_key for _, order_key in failures]
-    yield [failure.attempts for failure in failures.values()]
-    yield [None if failure.pause is None else failure.pause.total_seconds() for failure in failures.values()]
-    yield [_storable(failure.reason) for failure in failures.values()]
+            failures.setdefault(DeferredQueue.of(entry), deferral.failure or _NO_FAILURE)
+    yield from _queue_columns(failures)
+    yield from _failure_columns(failures.values())
 
 
-def settlement_columns(
-    lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-) -> Iterable[object]:
-    failure = failure or _NO_FAILURE
-    yield from (lease.slice, lease.epoch, order_key, [int(id) for id in published])
-    yield from (failure.attempts, failure.pause, _storable(failure.reason))
+def due_columns(slices: Collection[int], limit: int, but_for: Collection[Topic]) -> Iterable[object]:
+    yield from (list(slices), limit)
+    yield [pubsub for pubsub, _ in but_for]
+    yield [topic for _, topic in but_for]
 
 
-def deferred_key(row: Any) -> DeferredKey:
-    return DeferredKey(
-        slice=row["slice"],
-        order_key=row["order_key"],
+def reading_columns(queues: Sequence[DeferredQueue], limit: int) -> Iterable[object]:
+    """Make the arguments of `read`: of each queue up to `limit` entries."""
+    yield from _queue_columns(queues)
+    yield limit
+
+
+def settlement_columns(leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> Iterable[list[object]]:
+    yield [lease.slice for lease in leases]
+    yield [lease.epoch for lease in leases]
+    yield from _queue_columns([each.queue for each in progress])
+    yield from _failure_columns([each.failure or _NO_FAILURE for each in progress])
+    yield [number for number, each in enumerate(progress, 1) for _ in each.published]
+    yield [int(id) for each in progress for id in each.published]
+
+
+def queue_of(row: Any) -> DeferredQueue:
+    return DeferredQueue(row["slice"], row["order_key"], row["pubsub"], row["topic"])
+
+
+def queue_status(row: Any) -> QueueStatus:
+    return QueueStatus(
+        queue=queue_of(row),
         attempts=row["attempts"],
         reason=row["reason"],
         is_due=row["is_due"],
@@ -117,6 +171,19 @@ def deferred_key(row: Any) -> DeferredKey:
         pending=row["pending"],
         oldest_at=row["oldest_at"],
     )
+
+
+def _queue_columns(queues: Collection[DeferredQueue]) -> Iterable[list[object]]:
+    yield [queue.slice for queue in queues]
+    yield [queue.order_key for queue in queues]
+    yield [queue.pubsub for queue in queues]
+    yield [queue.topic for queue in queues]
+
+
+def _failure_columns(failures: Collection[Failure]) -> Iterable[list[object]]:
+    yield [failure.attempts for failure in failures]
+    yield [None if failure.pause is None else failure.pause.total_seconds() for failure in failures]
+    yield [_storable(failure.reason) for failure in failures]
 
 
 def _storable(reason: str) -> str:

@@ -59,4 +59,4 @@ def _refused(error: asyncpg.PostgresError) -> StatecastError:
 
 def _told(error: BaseException) -> str:
     state = getattr(error, "sqlstate", None)
-    return f"{error or type(error).__name__}{f' (SQLSTATE {state})' if state else ''}"
+    return f"{str(error) or type(error).__name__}{f' (SQLSTATE {state})' if state else ''}"

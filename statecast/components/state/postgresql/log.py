@@ -10,14 +10,29 @@ from typing import Any
 import asyncpg
 from msgspec.structs import replace
 
-from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
+from statecast.components.state.log import (
+    READ_BYTES,
+    Batch,
+    Deferral,
+    DeferredQueue,
+    Lease,
+    LogEntry,
+    QueueProgress,
+    QueueStatus,
+    SliceStatus,
+    Topic,
+    share_of,
+)
 from statecast.components.state.postgresql.deferred import (
     DeferredStatements,
     deferral_columns,
-    deferred_key,
+    due_columns,
+    queue_of,
+    queue_status,
+    reading_columns,
     settlement_columns,
 )
-from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, read_entry
+from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, read_entry, up_to_read_bytes
 from statecast.components.state.postgresql.lanes import Lanes, Session, Work
 from statecast.components.state.postgresql.migration import Log
 from statecast.components.state.postgresql.position import Position, group
@@ -87,20 +102,23 @@ class PostgresqlOutboxLog:
             self._waker.let_go([lease.slice for lease in leases])
             await self._run_change(partial(self._move, statement=self._sql.release, leases=list(leases), others=[]))
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
-        rows = await self._lanes.run(lambda session: session.read(self._aside.keys, list(slices)))
-        return [deferred_key(row) for row in rows]
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
+        rows = await self._look(self._aside.queues, list(slices))
+        return [queue_status(row) for row in rows]
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
-        rows = await self._lanes.run(lambda session: session.read(self._aside.read, slice, order_key, limit))
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
+        rows = await self._look(self._aside.due, *due_columns(slices, limit, but_for))
+        return [queue_status(row) for row in rows]
+
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
+        rows = await self._look(self._aside.read, *reading_columns(queues, share_of(limit, len(queues))))
         return [read_entry(row) for row in rows]
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
-        arguments = settlement_columns(lease, order_key, published, failure)
-        rows = await self._change(self._aside.settle, *arguments)
-        return bool(rows[0]["is_left"])
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
+        rows = await self._change(self._aside.settle, *settlement_columns(leases, progress))
+        return [queue_of(row) for row in rows]
 
     async def replay(self, order_key: str | None = None) -> int:
         return len(await self._change(self._aside.replay, order_key))
@@ -115,6 +133,9 @@ class PostgresqlOutboxLog:
 
     async def status(self) -> list[SliceStatus]:
         return await self._lanes.run(self._status)
+
+    async def _look(self, statement: str, *arguments: object) -> list[Any]:
+        return await self._lanes.run(lambda session: session.read(statement, *arguments))
 
     async def _change(self, statement: str, *arguments: object) -> list[Any]:
         return await self._run_change(lambda session: session.write(statement, *arguments))
@@ -160,14 +181,19 @@ class PostgresqlOutboxLog:
         if any(position.cur is None for position in groups):
             rows = await session.read("select pg_current_snapshot()::text as snapshot")
             groups = {position.pin(rows[0]["snapshot"]): members for position, members in groups.items()}
-        share = max(1, -(-limit // len(groups)))
+        share = share_of(limit, len(groups))
         entries: list[LogEntry] = []
-        moved: dict[int, Lease] = {}
+        moved = {lease.slice: lease for lease in leases}
+        room = READ_BYTES
         for position, members in groups.items():
             rows = await self._rows(session, position, [lease.slice for lease in members], share)
             entries.extend(map(read_entry, rows))
-            after = position.behind(rows[-1]["id"] if rows else None, is_full=len(rows) >= share)
+            is_full = bool(rows) and rows[0]["found"] >= min(share, len(rows) + 1)
+            after = position.behind(rows[-1]["id"] if rows else None, is_full=is_full)
             moved |= {lease.slice: replace(lease, position=str(after)) for lease in members}
+            room -= sum(len(row["body"]) for row in rows)
+            if room <= 0:
+                break
         return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
 
     async def _rows(self, session: Session, position: Position, slices: list[int], limit: int) -> list[Any]:
@@ -225,7 +251,7 @@ class _Statements:
         self._log = log
         outbox, slices, relays = layout.outbox(log), layout.slices, layout.relays
         # Not visible in prev, looked up by xid; visible in cur, looked up by xid too; then row by row for the rest.
-        self.read = (
+        self.read = up_to_read_bytes(
             f"select {ENTRY_COLUMNS} from {outbox}"
             " where slice = any ($1::smallint[]) and id > $2"
             " and (xid >= pg_snapshot_xmax($3::text::pg_snapshot)"
@@ -233,7 +259,8 @@ class _Statements:
             " and xid < pg_snapshot_xmax($4::text::pg_snapshot)"
             " and pg_visible_in_snapshot(xid, $4::text::pg_snapshot)"
             " and not pg_visible_in_snapshot(xid, $3::text::pg_snapshot)"
-            " order by id limit $5"
+            " order by id limit $5",
+            order="id",
         )
         self.pending = (
             "select slice, count(*) as pending, min(created_at) as oldest_at"

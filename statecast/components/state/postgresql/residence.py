@@ -4,13 +4,16 @@ Positions of the log are told in numbers of transactions, and rows carry that of
 cluster where they mean nothing: what is pending might never be read, or new rows be taken for read.
 """
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 import asyncpg
 
 from statecast.components.state.postgresql.lanes import SERVER_LIFE
 from statecast.components.state.postgresql.migration import MIGRATION_LOCK, Log
 from statecast.components.state.postgresql.schema import Layout
+from statecast.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +24,46 @@ _LONG_PAST = "'3'::xid8"
 class Residence:
     """Compares the server of each new connection with what the log knows of it."""
 
-    def __init__(self, layout: Layout, log: Log) -> None:
+    def __init__(self, layout: Layout, log: Log, connect: Callable[[], Awaitable[asyncpg.Connection]]) -> None:
         self._layout = layout
         self._log = log
+        self._connect = connect
         self._life: str | None = None
+        self._moving: asyncio.Task[None] | None = None
 
-    async def check(self, connection: asyncpg.Connection) -> None:
-        """Make the log at home in the cluster that `connection` leads to, before anything else is done on it."""
-        life = await connection.fetchval(f"select {SERVER_LIFE}")
-        if life != self._life:
+    async def check(self, connection: asyncpg.Connection, timeout: float) -> None:
+        """Make the log at home in the cluster that `connection` leads to, before anything else is done on it.
+
+        That goes over all rows, and goes on where it takes longer than `timeout` seconds. Raises StoreUnavailable until
+        it is done.
+        """
+        life = await connection.fetchval(f"select {SERVER_LIFE}", timeout=timeout)
+        if life == self._life:
+            return
+        if self._moving is None or self._moving.done():
+            self._moving = asyncio.create_task(self._move(life), name="postgresql outbox moves in")
+        await asyncio.wait({self._moving}, timeout=timeout)
+        if not self._moving.done():
+            raise StoreUnavailable(f"the outbox {self._outbox} is being brought to another cluster, all rows of it")
+        self._moving.result()
+
+    async def close(self) -> None:
+        """Break off what is not done; the next one to open the store begins again."""
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.wait({self._moving})
+
+    @property
+    def _outbox(self) -> str:
+        return self._layout.outbox(self._log.number)
+
+    async def _move(self, life: str) -> None:
+        connection = await self._connect()
+        try:
             await adopt(connection, self._layout, self._log.number)
             self._life = life
+        finally:
+            connection.terminate()
 
 
 async def adopt(connection: asyncpg.Connection, layout: Layout, log: int) -> None:

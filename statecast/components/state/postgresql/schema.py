@@ -10,8 +10,9 @@ from statecast.components.state.postgresql.config import QualifiedName
 STATE_LEVEL = 2
 """Dapr's number for its v2 layout: 1 is the table, 2 adds `row_id`."""
 
-OWN_LEVEL = 2
-"""The number of our own tables beside it: 2 adds what is put aside of the logs, and the etags of marks."""
+OWN_LEVEL = 3
+"""The number of our own tables beside it: 2 adds what is put aside of the logs, and the etags of marks; 3 puts aside by
+topic, too."""
 
 PARTITIONS = 4
 """How many partitions the ring of an outbox has."""
@@ -102,6 +103,10 @@ class Layout:
         return self._own("deferred_key")
 
     @property
+    def deferred_queues(self) -> str:
+        return self._own("deferred_queue")
+
+    @property
     def deferred(self) -> str:
         return self._own("deferred")
 
@@ -164,7 +169,7 @@ def state_statements(layout: Layout, level: int) -> list[str]:
 
 def own_statements(layout: Layout, level: int) -> list[str]:
     """Bring our own tables from `level` to OWN_LEVEL."""
-    steps = {1: _first_tables(layout), 2: _deferral_tables(layout)}
+    steps = {1: _first_tables(layout), 2: _deferral_tables(layout), 3: _queue_tables(layout)}
     missing = [statement for step, statements in steps.items() if step > level for statement in statements]
     return [*missing, _set_level(layout, layout.own_level_key, OWN_LEVEL)] if missing else []
 
@@ -207,7 +212,6 @@ def _first_tables(layout: Layout) -> list[str]:
 
 def _deferral_tables(layout: Layout) -> list[str]:
     return [
-        # `pending` is kept with every change, since relays ask for it often and the entries may be many.
         f"create table {layout.deferred_keys} ("
         f" log integer not null references {layout.logs},"
         " slice smallint not null,"
@@ -217,7 +221,6 @@ def _deferral_tables(layout: Layout) -> list[str]:
         " reason text not null,"
         " pending bigint not null,"
         " primary key (log, slice, order_key)) with (fillfactor = 70)",
-        # An id has one order key, so this key is one of (log, slice, id) too.
         f"create table {layout.deferred} ("
         f" log integer not null references {layout.logs},"
         " slice smallint not null,"
@@ -232,6 +235,32 @@ def _deferral_tables(layout: Layout) -> list[str]:
         " created_at timestamptz not null,"
         " primary key (log, slice, order_key, id))",
         f"alter table {layout.marks} add column if not exists etags text",
+    ]
+
+
+def _queue_tables(layout: Layout) -> list[str]:
+    of_queue = "log, slice, order_key, pubsub, topic"
+    return [
+        # `pending` is kept with every change, since relays ask for it often and the entries may be many.
+        f"create table {layout.deferred_queues} ("
+        f" log integer not null references {layout.logs},"
+        " slice smallint not null,"
+        " order_key text not null,"
+        " pubsub text not null,"
+        " topic text not null,"
+        " attempts integer not null,"
+        " due_at timestamptz,"
+        " reason text not null,"
+        " pending bigint not null,"
+        f" primary key ({of_queue})) with (fillfactor = 70)",
+        f"create index on {layout.deferred_queues} (log, pubsub, topic, due_at) where due_at is not null",
+        f"insert into {layout.deferred_queues} select {of_queue}, attempts, due_at, reason, count(*)"
+        f" from {layout.deferred_keys} join {layout.deferred} using (log, slice, order_key)"
+        f" group by {of_queue}, attempts, due_at, reason",
+        f"drop table {layout.deferred_keys}",
+        # An id has one queue, so this key is one of (log, slice, id) too.
+        f'alter table {layout.deferred} drop constraint "statecast_{layout.prefix}deferred_pkey",'
+        f" add primary key ({of_queue}, id)",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import asyncpg
 
 from statecast.clock import Clock
-from statecast.components.manifest import Component, describe
+from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, ETag, Item
 from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
@@ -20,6 +20,7 @@ from statecast.components.state.postgresql.connecting import (
     OPENING_FAILURES,
     connect,
     failure_at_opening,
+    require_files,
     settings_of_statement,
 )
 from statecast.components.state.postgresql.directory import PostgresqlDirectory
@@ -76,11 +77,13 @@ class PostgresqlStateStore:
 
     async def __aenter__(self) -> Self:
         layout, log = await self._prepare_schema()
+        self._residence = residence = Residence(layout, log, self._connect)
         waker = Waker(None if self._config.is_pooled else self._connect, _channel(layout, log), self._clock)
         opened = self._statements(layout, log, waker)
         async with AsyncExitStack() as stack:
             # In reverse: no new commits, no more wake-ups, the connections end what is under way, its tasks end.
             stack.push_async_callback(opened.committer.join)
+            stack.push_async_callback(residence.close)
             self._lanes.open()
             stack.push_async_callback(self._lanes.close)
             waker.open()
@@ -143,8 +146,7 @@ class PostgresqlStateStore:
         connection = await self._connect(timeout)
         try:
             if self._residence is not None:
-                async with asyncio.timeout(timeout):
-                    await self._residence.check(connection)
+                await self._residence.check(connection, timeout)
         except BaseException:
             connection.terminate()
             raise
@@ -153,14 +155,13 @@ class PostgresqlStateStore:
     async def _prepare_schema(self) -> tuple[Layout, Log]:
         async def prepare(connection: asyncpg.Connection, layout: Layout) -> tuple[Layout, Log]:
             log = await migrate(connection, layout, self._app_id, self._component.name)
-            self._residence = Residence(layout, log)
-            await self._residence.check(connection)
             return layout, log
 
         return await self._ahead(prepare)
 
     async def _ahead(self, work: Callable[[asyncpg.Connection, Layout], Awaitable[T]]) -> T:
-        """Do `work` on a connection of its own, before the store is open; what fails is told with the component."""
+        """Do `work` on a connection of its own, before the store is open."""
+        require_files(self._config)
         try:
             connection = await self._connect()
             try:
@@ -168,8 +169,7 @@ class PostgresqlStateStore:
             finally:
                 await connection.close(timeout=1)
         except OPENING_FAILURES as error:
-            failure = failure_at_opening(error)
-            raise type(failure)(f"{describe(self._component)}: {failure}") from error
+            raise failure_at_opening(error) from error
 
     def _statements(self, layout: Layout, log: Log, waker: Waker) -> _Open:
         live = "(expires_at is null or expires_at > clock_timestamp())"

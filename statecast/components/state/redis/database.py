@@ -7,20 +7,6 @@ from statecast.components.redis.connection import Argument, ErrorReply, NotSent,
 from statecast.components.redis.pipeline import Pipeline, Script
 from statecast.errors import OutcomeUnknown, StoreUnavailable
 
-_SAID_BEFORE_THE_FIRST_WRITE: Final = (
-    "OOM ",
-    "READONLY ",
-    "LOADING ",
-    "MASTERDOWN ",
-    "MISCONF ",
-    "NOREPLICAS ",
-    "NOAUTH ",
-    "NOSCRIPT ",
-    "CLUSTERDOWN ",
-    "BUSY ",
-)
-"""Errors that a server gives instead of beginning a script, or at its first write and never after it."""
-
 _REPLICATION_PATIENCE_MILLISECONDS: Final = 1000  # as dapr components-contrib state/redis/redis.go
 
 
@@ -84,14 +70,7 @@ def _outcome(error: NotSent | Unanswered | ErrorReply) -> StoreUnavailable | Out
             return StoreUnavailable(str(error))
         case Unanswered():
             return OutcomeUnknown(str(error))
-        case ErrorReply() if _is_refusal(str(error)):
+        case ErrorReply(is_refusal=True):
             return StoreUnavailable(str(error))
         case ErrorReply():
             return OutcomeUnknown(f"the server failed in the midst of a commit: {error}")
-
-
-def _is_refusal(text: str) -> bool:
-    # Redis 6.2 wraps what a script's command was told: `ERR Error running script (…): … -OOM command not allowed …`.
-    if any(text.startswith(word) or f"-{word}" in text for word in _SAID_BEFORE_THE_FIRST_WRITE):
-        return True
-    return text.startswith("NOPERM ") and "script" not in text

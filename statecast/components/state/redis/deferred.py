@@ -1,15 +1,26 @@
 """What is put aside of the log, as the scripts take it and tell of it. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import MAXYEAR, UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final, Self
 
 import msgpack  # type: ignore[import-untyped]  # has no stubs
 
 from statecast.components.redis.connection import Reply
-from statecast.components.state.log import Deferral, DeferredKey, Failure, Lease, LogEntry
+from statecast.components.state.log import (
+    Deferral,
+    DeferredQueue,
+    Failure,
+    Lease,
+    LogEntry,
+    QueueProgress,
+    QueueStatus,
+)
 from statecast.components.state.redis.encoding import decode_entry, encode_record, from_milliseconds, pack
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import queue_name, read_queue_name
+
+_PORTION_BYTES: Final = 16 * 1024 * 1024
 
 _NO_FAILURE: Final = Failure(0, timedelta(0), "")
 
@@ -17,56 +28,107 @@ _PARKED: Final = b"parked"
 _NEVER: Final = datetime(MAXYEAR, 12, 31, tzinfo=UTC)
 
 
-def encode_deferrals(
-    leases: Sequence[Lease], deferrals: Sequence[Deferral], names: KeyNames
-) -> tuple[list[str], bytes]:
-    """Bring deferrals to further keys of the script, behind the two of each lease, and its argument."""
-    numbers = {lease.slice: number for number, lease in enumerate(leases, 1)}
-    places: dict[int, int] = {}
-    keys: list[str] = []
-    packed: list[tuple[Any, ...]] = []
-    for deferral in deferrals:
-        slice, order_key = deferral.entries[0].slice, deferral.entries[0].record.order_key
-        if slice not in numbers:
-            continue
-        if slice not in places:
-            places[slice] = 2 * len(leases) + len(keys) + 1
-            keys += (names.deferred(slice), names.deferred_entries(slice))
+@dataclass(frozen=True, slots=True)
+class EncodedDeferral:
+    slice: int
+    queue: bytes
+    failure: tuple[int, int | bool, str] | bool
+    entries: list[tuple[str, bytes]]
+
+    @classmethod
+    def begin(cls, deferral: Deferral) -> Self:
+        queue = DeferredQueue.of(deferral.entries[0])
         failure = False if deferral.failure is None else _fields(deferral.failure)
-        entries = [(entry.id, _pack_fields(entry)) for entry in deferral.entries]
-        packed.append((numbers[slice], places[slice], order_key, failure, entries))
-    return keys, pack(packed)
+        return cls(queue.slice, queue_name(queue), failure, [])
 
 
-def encode_failure(failure: Failure | None) -> bytes:
-    return pack(_fields(failure or _NO_FAILURE))
+def portions_of(deferrals: Iterable[Deferral]) -> list[list[EncodedDeferral]]:
+    """Divide deferrals so that no portion has much more than 16 MiB; there is one at least, if an empty one.
+
+    A server takes no more than 512 MiB in one argument, and everybody else waits while it takes it. A deferral that
+    is divided keeps its failure in all parts, which only counts for a queue that is not there yet.
+    """
+    portions: list[list[EncodedDeferral]] = [[]]
+    room = _PORTION_BYTES
+    for deferral in deferrals:
+        portions[-1].append(EncodedDeferral.begin(deferral))
+        for entry in deferral.entries:
+            if room <= 0:
+                portions.append([EncodedDeferral.begin(deferral)])
+                room = _PORTION_BYTES
+            packed = pack(encode_record(entry.record))
+            portions[-1][-1].entries.append((entry.id, packed))
+            room -= len(packed)
+    return portions
 
 
-def decode_keys(slices: Sequence[int], reply: Reply) -> list[DeferredKey]:
+def pack_portion(leases: Sequence[Lease], portion: Iterable[EncodedDeferral]) -> bytes:
+    """Bring those deferrals to the script's argument of whose slices there are leases."""
+    numbers = numbers_of(lease.slice for lease in leases)
+    return pack(
+        [
+            (numbers[each.slice], each.queue, each.failure, each.entries)
+            for each in portion
+            if each.slice in numbers and each.entries
+        ]
+    )
+
+
+def encode_progress(leases: Sequence[Lease], progress: Iterable[QueueProgress]) -> bytes:
+    numbers = numbers_of(lease.slice for lease in leases)
+    return pack(
+        [
+            (
+                numbers[each.queue.slice],
+                queue_name(each.queue),
+                _fields(each.failure or _NO_FAILURE),
+                each.published,
+            )
+            for each in progress
+        ]
+    )
+
+
+def encode_queues(slices: Sequence[int], queues: Iterable[DeferredQueue]) -> bytes:
+    numbers = numbers_of(slices)
+    return pack([(numbers[queue.slice], queue_name(queue)) for queue in queues])
+
+
+def numbers_of(slices: Iterable[int]) -> Mapping[int, int]:
+    """Number slices as the scripts do, from 1."""
+    return {slice: number for number, slice in enumerate(slices, 1)}
+
+
+def decode_states(slices: Sequence[int], reply: Reply) -> list[QueueStatus]:
     """Read what the hashes of these slices hold, as of the time that stands before them; first due, first told."""
     now, *found = reply
-    keys = [
-        _decode_key(slice, order_key, state, now)
+    states = [
+        _decode_state(slice, queue, state, now)
         for slice, fields in zip(slices, found, strict=True)
-        for order_key, state in zip(fields[::2], fields[1::2], strict=True)
+        for queue, state in zip(fields[::2], fields[1::2], strict=True)
     ]
-    return [key for _, key in sorted(keys, key=lambda each: each[0])]
+    return [status for _, status in sorted(states, key=lambda each: each[0])]
 
 
-def decode_entries(slice: int, reply: Reply) -> list[LogEntry]:
+def decode_due(slices: Sequence[int], reply: Reply) -> list[QueueStatus]:
+    now, due = reply
+    return [_decode_state(slices[number - 1], queue, state, now)[1] for number, queue, state in due]
+
+
+def decode_entries(queues: Sequence[DeferredQueue], reply: Reply) -> list[LogEntry]:
     return [
-        decode_entry(slice, _stream_id(padded), msgpack.unpackb(fields, raw=True))
-        for padded, fields in zip(reply[::2], reply[1::2], strict=True)
+        decode_entry(queue.slice, _stream_id(padded), *msgpack.unpackb(fields, raw=True))
+        for queue, found in zip(queues, reply, strict=True)
+        for padded, fields in zip(found[::2], found[1::2], strict=True)
     ]
 
 
-def _decode_key(slice: int, order_key: bytes, state: bytes, now: int) -> tuple[datetime, DeferredKey]:
+def _decode_state(slice: int, queue: bytes, state: bytes, now: int) -> tuple[datetime, QueueStatus]:
     """Read a state such as `b"3 1700000000500 12 00000001700000000000-00000000000000000000 too large"`."""
     attempts, due, pending, oldest, reason = state.split(b" ", 4)
     is_parked = due == _PARKED
-    key = DeferredKey(
-        slice=slice,
-        order_key=order_key.decode(),
+    status = QueueStatus(
+        queue=read_queue_name(slice, queue),
         attempts=int(attempts),
         reason=reason.decode(errors="replace"),
         is_due=not is_parked and int(due) <= now,
@@ -74,11 +136,7 @@ def _decode_key(slice: int, order_key: bytes, state: bytes, now: int) -> tuple[d
         pending=int(pending),
         oldest_at=from_milliseconds(int(oldest.partition(b"-")[0])),
     )
-    return _NEVER if is_parked else from_milliseconds(int(due)), key
-
-
-def _pack_fields(entry: LogEntry) -> bytes:
-    return pack([part for field in encode_record(entry.record).items() for part in field])
+    return _NEVER if is_parked else from_milliseconds(int(due)), status
 
 
 def _stream_id(padded: bytes) -> str:

@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import msgpack  # type: ignore[import-untyped]  # has no stubs
-import orjson
 
 from statecast.components.redis.connection import Reply
 from statecast.components.state.commit import (
@@ -33,10 +32,12 @@ _DELETE: Final = 2
 _NEVER: Final = ()
 """A condition that no version fulfils: to the server it is an empty table, and a version is text."""
 
-_LARGEST_ARGUMENT = 512 * 1024 * 1024
-"""Redis' proto-max-bulk-len: more than that, and the server drops the connection."""
+_LARGEST_ARGUMENT = 511 * 1024 * 1024
+"""Redis' proto-max-bulk-len is 512 MiB: more than that, and the server drops the connection. What is left is for the
+names that go along with an event when it is put aside."""
 
 _packer = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass")
+_strict_packer = msgpack.Packer(use_bin_type=False)
 
 
 def pack(value: Any) -> bytes:
@@ -115,36 +116,35 @@ def decode_item(key: str, found: Reply) -> Item | None:
     return Item(key, value, ETag(version.decode()), None if expiry < 0 else from_milliseconds(expiry))
 
 
-def encode_record(record: OutboxRecord) -> dict[str, str | bytes]:
-    """Bring a record to the fields of an entry in the log, in the order in which the script takes them."""
-    return {
-        "key": record.order_key,
-        "id": record.event_id,
-        "pubsub": record.pubsub,
-        "topic": record.topic,
-        "metadata": orjson.dumps(dict(record.metadata)) if record.metadata else b"{}",
-        "format": str(record.format),
-        "body": record.body,
-    }
+def encode_record(record: OutboxRecord) -> tuple[bytes, bytes]:
+    """Bring a record to the two fields of an entry in the log, `head` and `body`.
 
-
-def decode_record(fields: Sequence[bytes]) -> OutboxRecord:
-    """Read the fields of an entry, `key K id I pubsub P topic T metadata {…} format 1 body B`."""
-    entry = dict(zip(fields[::2], fields[1::2], strict=True))
-    return OutboxRecord(
-        order_key=entry[b"key"].decode(),
-        event_id=entry[b"id"].decode(),
-        pubsub=entry[b"pubsub"].decode(),
-        topic=entry[b"topic"].decode(),
-        body=entry[b"body"],
-        metadata=orjson.loads(entry[b"metadata"]),
-        format=int(entry[b"format"]),
+    All but the body is packed: the server's Lua takes its time with every single value. Raises InvalidRequest for
+    text that has no UTF-8, since nobody could read it again.
+    """
+    head = (
+        record.format,
+        record.order_key,
+        record.event_id,
+        record.pubsub,
+        record.topic,
+        dict(record.metadata),
     )
+    try:
+        return _strict_packer.pack(head), record.body
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"event {record.event_id!r} has text with a lone surrogate: {error}") from error
 
 
-def decode_entry(slice: int, id: str, fields: Sequence[bytes]) -> LogEntry:
+def decode_record(head: bytes, body: bytes) -> OutboxRecord:
+    """Read what `encode_record` wrote."""
+    format, order_key, event_id, pubsub, topic, metadata = msgpack.unpackb(head)
+    return OutboxRecord(order_key, event_id, pubsub, topic, body, metadata, format)
+
+
+def decode_entry(slice: int, id: str, head: bytes, body: bytes) -> LogEntry:
     """Read an entry of the log; its id, `1700000000000-0`, begins with the time of its commit."""
-    return LogEntry(slice, id, decode_record(fields), from_milliseconds(int(id.partition("-")[0])))
+    return LogEntry(slice, id, decode_record(head, body), from_milliseconds(int(id.partition("-")[0])))
 
 
 def from_milliseconds(milliseconds: int) -> datetime:
@@ -183,8 +183,10 @@ def _encode_records(records: Sequence[OutboxRecord], slices: int) -> tuple[tuple
     places: dict[int, int] = {}
     events: list[tuple[Any, ...]] = []
     for record in records:
+        # Before its slice is told, which takes the order key's UTF-8.
+        head, body = encode_record(record)
         place = places.setdefault(slice_of(record.order_key, slices), len(places) + 1)
-        events.append((place, *encode_record(record).values()))
+        events.append((place, head, body))
     return tuple(places), events
 
 

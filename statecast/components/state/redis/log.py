@@ -1,11 +1,12 @@
 """The outbox log on Redis: one stream per slice, whose entry ids are the positions, and one lease hash beside each.
 
-What is put aside of a stream is kept in a sorted set beside it, from the step on that trims it away.
+What is put aside of a stream is kept in three keys beside it, from the step on that trims it away; keys.py tells all.
 """
 
 import asyncio
 from collections.abc import Collection, Sequence
 from datetime import timedelta
+from itertools import chain
 from types import TracebackType
 from typing import Final, Self
 
@@ -17,25 +18,40 @@ from statecast.components.redis.pipeline import Pipeline
 from statecast.components.redis.settings import RedisSettings
 from statecast.components.state.log import (
     DEFAULT_SLICES,
+    READ_BYTES,
     Batch,
     Deferral,
-    DeferredKey,
-    Failure,
+    DeferredQueue,
     Lease,
     LogEntry,
+    QueueProgress,
+    QueueStatus,
     SliceStatus,
+    Topic,
+    share_of,
     slice_of,
 )
 from statecast.components.state.redis.database import Database
-from statecast.components.state.redis.deferred import decode_entries, decode_keys, encode_deferrals, encode_failure
+from statecast.components.state.redis.deferred import (
+    EncodedDeferral,
+    decode_due,
+    decode_entries,
+    decode_states,
+    encode_progress,
+    encode_queues,
+    pack_portion,
+    portions_of,
+)
 from statecast.components.state.redis.encoding import decode_entry, from_milliseconds
-from statecast.components.state.redis.keys import KeyNames
+from statecast.components.state.redis.keys import KeyNames, order_key_name, topic_name
 from statecast.components.state.redis.scripts import (
     ACQUIRE,
     ADVANCE,
     DEFERRED,
+    DUE_DEFERRED,
     HEARTBEAT,
     READ_DEFERRED,
+    READ_LOG,
     REPLAY,
     SETTLE_DEFERRED,
     STATUS,
@@ -99,75 +115,100 @@ class RedisOutboxLog:
 
     async def read(self, leases: Sequence[Lease], limit: int) -> Batch:
         """Read on in all slices alike; what some leave of the limit goes to those that have more."""
-        moved = {lease.slice: lease for lease in leases}
-        entries: list[LogEntry] = []
-        hungry = list(moved)
-        while hungry and len(entries) < limit:
-            share = max(1, (limit - len(entries)) // len(hungry))
-            found = await self._read([moved[slice] for slice in hungry], share)
-            for slice, raw in found.items():
-                entries += [decode_entry(slice, id.decode(), fields) for id, fields in raw]
-                moved[slice] = replace(moved[slice], position=raw[-1][0].decode())
-            hungry = [slice for slice, raw in found.items() if len(raw) == share]
-        return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
-
-    async def _read(self, leases: Sequence[Lease], count: int) -> dict[int, list[tuple[bytes, list[bytes]]]]:
-        keys = [self._names.stream(lease.slice) for lease in leases]
-        positions = [lease.position for lease in leases]
-        reply = await self._database.command("XREAD", "COUNT", count, "STREAMS", *keys, *positions)
-        slices = {key.encode(): lease.slice for key, lease in zip(keys, leases, strict=True)}
-        return {slices[key]: raw for key, raw in reply or ()}
+        # Where large entries end a read early, the slices that are furthest behind have had their turn.
+        in_turn = sorted(leases, key=lambda lease: _order(lease.position))
+        keys = [self._names.stream(lease.slice) for lease in in_turn]
+        positions = [lease.position for lease in in_turn]
+        found = await self._database.ask(READ_LOG, len(keys), *keys, limit, READ_BYTES, *positions)
+        entries = [
+            decode_entry(lease.slice, id.decode(), head, body)
+            for lease, pieces in zip(in_turn, found, strict=True)
+            for id, (_, head, _, body) in chain.from_iterable(pieces)
+        ]
+        last = {entry.slice: entry.id for entry in entries}
+        moved = tuple(replace(lease, position=last.get(lease.slice, lease.position)) for lease in leases)
+        return Batch(tuple(entries), moved)
 
     async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
-        """Put entries aside, persist the positions, trim the streams up to them and renew the leases, in one step."""
-        return await self._move(leases, _milliseconds(ttl), deferrals)
+        """Put entries aside, persist the positions, trim the streams up to them and renew the leases, in one step.
+
+        With very much to put aside the positions are persisted in the last step of several: what is aside is there
+        twice until then.
+        """
+        mine = list(leases)
+        *first_portions, last_portion = portions_of(deferrals)
+        for portion in first_portions:
+            mine = await self._move(mine, _milliseconds(ttl), portion, is_staying=True)
+        return await self._move(mine, _milliseconds(ttl), last_portion)
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Persist the positions and give the leases up, in one step."""
         await self._move(leases, "", ())
 
-    async def _move(self, leases: Sequence[Lease], milliseconds: str, deferrals: Sequence[Deferral]) -> list[Lease]:
+    async def _move(
+        self,
+        leases: Sequence[Lease],
+        milliseconds: str,
+        portion: Sequence[EncodedDeferral],
+        *,
+        is_staying: bool = False,
+    ) -> list[Lease]:
         if not leases:
             return []
         keys: list[str] = []
         progress: list[str] = []
         for lease in leases:
             keys += (self._names.lease(lease.slice), self._names.stream(lease.slice))
-            progress += (lease.owner, str(lease.epoch), lease.position, _behind(lease.position))
-        more_keys, packed = encode_deferrals(leases, deferrals, self._names)
-        keys += more_keys
+            keys += self._names.all_deferred(lease.slice)
+            position = "" if is_staying else lease.position
+            progress += (lease.owner, str(lease.epoch), position, _behind(lease.position))
+        packed = pack_portion(leases, portion)
         mine = await self._database.ask(ADVANCE, len(keys), *keys, milliseconds, packed, *progress)
         return [lease for lease, is_mine in zip(leases, mine, strict=True) if is_mine]
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
-        """List the keys that have entries aside; whether they are due is judged by the server's clock."""
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
+        """List all queues; whether they are due is judged by the server's clock."""
         slices = list(slices)
         keys = [self._names.deferred(slice) for slice in slices]
-        return decode_keys(slices, await self._database.ask(DEFERRED, len(keys), *keys))
+        return decode_states(slices, await self._database.ask(DEFERRED, len(keys), *keys))
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
-        """Read the first entries that are aside of a key."""
-        entries = self._names.deferred_entries(slice)
-        return decode_entries(slice, await self._database.ask(READ_DEFERRED, 1, entries, order_key, limit))
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
+        """List the first queues that are due, by the server's clock."""
+        slices = list(slices)
+        keys = [key for slice in slices for key in self._names.all_deferred(slice)]
+        left_out = map(topic_name, but_for)
+        return decode_due(slices, await self._database.ask(DUE_DEFERRED, len(keys), *keys, limit, *left_out))
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
-        """Remove what is published and note the failure of what is left, in one step, if the lease is still mine."""
-        keys = (self._names.lease(lease.slice), self._names.deferred(lease.slice))
-        entries = self._names.deferred_entries(lease.slice)
-        fence = (lease.owner, lease.epoch)
-        return bool(
-            await self._database.ask(
-                SETTLE_DEFERRED, 3, *keys, entries, *fence, order_key, encode_failure(failure), *published
-            )
-        )
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
+        """Read the first entries of these queues, in one round trip."""
+        slices = sorted({queue.slice for queue in queues})
+        keys = [self._names.deferred_entries(slice) for slice in slices]
+        bounds = (share_of(limit, len(queues)), READ_BYTES)
+        packed = encode_queues(slices, queues)
+        return decode_entries(queues, await self._database.ask(READ_DEFERRED, len(keys), *keys, *bounds, packed))
+
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
+        """Remove what is published and note the failures of what is left, in one step, where leases are still mine."""
+        told_of = {each.queue.slice for each in progress}
+        leases = [lease for lease in leases if lease.slice in told_of]
+        progress = [each for each in progress if each.queue.slice in {lease.slice for lease in leases}]
+        if not leases:
+            return []
+        keys = [
+            key for lease in leases for key in (self._names.lease(lease.slice), *self._names.all_deferred(lease.slice))
+        ]
+        fences = [part for lease in leases for part in (lease.owner, lease.epoch)]
+        packed = encode_progress(leases, progress)
+        is_empty = await self._database.ask(SETTLE_DEFERRED, len(keys), *keys, packed, *fences)
+        return [each.queue for each, emptied in zip(progress, is_empty, strict=True) if emptied]
 
     async def replay(self, order_key: str | None = None) -> int:
-        """Make parked keys due now."""
+        """Make parked queues due now; those of a key are found by the beginning of their names."""
         slices = range(self.slices) if order_key is None else [slice_of(order_key, self.slices)]
-        keys = [self._names.deferred(slice) for slice in slices]
-        only = () if order_key is None else (order_key,)
+        keys = [key for slice in slices for key in self._names.all_deferred(slice)]
+        only = () if order_key is None else (order_key_name(order_key),)
         return int(await self._database.ask(REPLAY, len(keys), *keys, *only))
 
     async def wait(self, leases: Sequence[Lease], timeout: timedelta) -> None:

@@ -13,7 +13,7 @@ COMMIT: Final = Script("""
 -- KEYS: n state keys, marks, claims, streams
 -- ARGV[1]: {operations, marks' milliseconds, claims' tokens, number of streams, events, answers}
 --   operation: {expected (false: anything, true: absent, text: this version), kind, value, milliseconds or false}
---   event: {stream, order key, event id, pubsub, topic, metadata, format, body}
+--   event: {stream, head, body}
 --   answers, for the marks to keep: the number of an operation, whose version it is; what is no number as it is
 -- returns {'ok', version or false for each operation} or {reason, index of the key, what it holds}
 local commit = cmsgpack.unpack(ARGV[1])
@@ -89,8 +89,7 @@ for i = 1, n do
 end
 for i = 1, #events do
   local event = events[i]
-  redis.call('XADD', KEYS[before + event[1]], '*', 'key', event[2], 'id', event[3], 'pubsub', event[4],
-    'topic', event[5], 'metadata', event[6], 'format', event[7], 'body', event[8])
+  redis.call('XADD', KEYS[before + event[1]], '*', 'head', event[2], 'body', event[3])
 end
 return result
 """)
@@ -167,30 +166,56 @@ redis.call('PERSIST', KEYS[1])
 """
 
 _DEFERRED = """
--- What is deferred of a slice are two keys. A hash, order key -> 'attempts due pending oldest reason', where due is
--- milliseconds or 'parked'. And a sorted set of '9:orders||1,id:packed fields', all of score 0, so that the entries of
--- one order key stand together and in commit order: their ids are padded to 41 signs.
-local function lane_of(order_key) return #order_key .. ':' .. order_key .. ',' end
+-- What is deferred of a slice are three keys, at `at` and behind it. A queue's name is that of its order key and that
+-- of its topic, as keys.py tells; both say where they end, so that none is the beginning of another one.
+--   states, a hash: queue -> 'attempts due pending oldest reason', where due is milliseconds or 'parked'
+--   entries, a sorted set of score 0: '<queue><id>:<packed fields>', so that those of one queue stand together and in
+--     commit order: ids are padded to 41 signs
+--   due times, a sorted set of score 0: '<topic><due, 20 digits><order key>', so that those of one topic stand
+--     together and the longest due is the first of them; none of what is parked
+local function word_end(text, start)
+  local digits = string.match(text, '^%d+', start)
+  return start + #digits + digits + 1
+end
 
-local function padded(id)
+local function padded(digits) return string.rep('0', 20 - #digits) .. digits end
+
+local function padded_id(id)
   local milliseconds, counter = string.match(id, '^(%d+)-(%d+)$')
-  return string.rep('0', 20 - #milliseconds) .. milliseconds .. '-' .. string.rep('0', 20 - #counter) .. counter
+  return padded(milliseconds) .. '-' .. padded(counter)
 end
 
-local function note(hash, set, order_key, attempts, due, reason)
-  local lane = lane_of(order_key)
-  local low, high = '[' .. lane, '(' .. lane .. ';'
-  local first = redis.call('ZRANGEBYLEX', set, low, high, 'LIMIT', 0, 1)[1]
-  if not first then
-    redis.call('HDEL', hash, order_key)
-    return 0
-  end
-  local pending, oldest = redis.call('ZLEXCOUNT', set, low, high), string.sub(first, #lane + 1, #lane + 41)
-  redis.call('HSET', hash, order_key, table.concat({attempts, due, pending, oldest, reason}, ' '))
-  return 1
+local function state_of(at, queue)
+  local state = redis.call('HGET', KEYS[at], queue)
+  return string.match(state or '', '^(%d+) (%w+) (%d+) (%S+) (.*)$')
 end
+
+local function due_member(queue, due)
+  local stop = word_end(queue, 1)
+  return string.sub(queue, stop + 1) .. padded(due) .. string.sub(queue, 1, stop)
+end
+
+local function reschedule(at, queue, before, due)
+  if before == due then return end
+  if before and before ~= 'parked' then redis.call('ZREM', KEYS[at + 2], due_member(queue, before)) end
+  if due and due ~= 'parked' then redis.call('ZADD', KEYS[at + 2], 0, due_member(queue, due)) end
+end
+
+local function note(at, queue, before, attempts, due, pending, oldest, reason)
+  redis.call('HSET', KEYS[at], queue, table.concat({attempts, due, pending, oldest, reason}, ' '))
+  reschedule(at, queue, before, due)
+end
+
+local function bounds(text) return '[' .. text, '(' .. text .. ';' end
 
 local function due_after(now, pause) return pause and string.format('%d', now + pause) or 'parked' end
+
+-- A key that holds something of another kind fails in these reads, before anything is written.
+local function require_deferred(at)
+  redis.call('HLEN', KEYS[at])
+  redis.call('ZCARD', KEYS[at + 1])
+  redis.call('ZCARD', KEYS[at + 2])
+end
 """
 
 HEARTBEAT: Final = Script(
@@ -221,59 +246,110 @@ return leased
 """
 )
 
+READ_LOG: Final = Script("""
+-- KEYS: streams; ARGV: limit, bytes, position of each
+-- returns for each the pieces in which it was read: {{entry, ...}, ...}
+-- All streams take turns, with more at each: what some leave of the limit is for those that have more, and a few
+-- large entries have used the bytes up before many of them are copied.
+local left, room = tonumber(ARGV[1]), tonumber(ARGV[2])
+local found, after, hungry = {}, {}, {}
+for i = 1, #KEYS do found[i], after[i], hungry[i] = {}, ARGV[i + 2], i end
+
+local function keep_to_the_room(entries)
+  for i = 1, #entries do
+    local fields = entries[i][2]
+    room = room - #fields[2] - #fields[4]
+    if room <= 0 then
+      for j = #entries, i + 1, -1 do entries[j] = nil end
+      break
+    end
+  end
+end
+
+local most = 1
+while #hungry > 0 and left > 0 and room > 0 do
+  local count = math.min(most, math.max(1, math.floor(left / #hungry)))
+  local more = {}
+  for _, i in ipairs(hungry) do
+    if room <= 0 then break end
+    local entries = redis.call('XRANGE', KEYS[i], '(' .. after[i], '+', 'COUNT', count)
+    keep_to_the_room(entries)
+    if #entries > 0 then
+      left, after[i] = left - #entries, entries[#entries][1]
+      found[i][#found[i] + 1] = entries
+    end
+    if #entries == count then more[#more + 1] = i end
+  end
+  hungry, most = more, math.min(2 * most, 32)
+end
+return found
+""")
+
 ADVANCE: Final = Script(
     _NOW
     + _EVEN_WHEN_FULL
     + _DEFERRED
     + """
--- KEYS: lease and stream of each of n slices, then both of what is deferred of those that deferrals are about
--- ARGV: milliseconds, or '' to give up; deferrals; then owner, epoch, position, first id to keep of each slice
---   deferral: {number of its slice, place of its keys, order key, failure or false, {{id, packed fields}, ...}}
+-- KEYS: of each of n slices the lease, the stream and the three of what is deferred
+-- ARGV: milliseconds, or '' to give up; deferrals; then owner, epoch, position ('': it stays), first id to keep of each
+--   deferral: {number of its slice, queue, failure or false, {{id, packed fields}, ...}}
 --   failure: {attempts, milliseconds or false, reason}
 -- returns for each slice whether it was still mine
-local n = (#ARGV - 2) / 4
-local mine = {}
--- A key that holds something of another kind fails in these reads, before anything is written.
+local n, deferrals = #KEYS / 5, cmsgpack.unpack(ARGV[2])
+local mine, moves = {}, {}
 for i = 1, n do
-  local held = redis.call('HMGET', KEYS[2 * i - 1], 'owner', 'epoch')
-  mine[i] = held[1] == ARGV[4 * i - 1] and held[2] == ARGV[4 * i] and 1 or 0
-  redis.call('XLEN', KEYS[2 * i])
-end
-for i = 2 * n + 1, #KEYS, 2 do
-  redis.call('HLEN', KEYS[i])
-  redis.call('ZCARD', KEYS[i + 1])
+  local held = redis.call('HMGET', KEYS[5 * i - 4], 'owner', 'epoch', 'position')
+  local position = ARGV[4 * i + 1]
+  mine[i] = held[1] == ARGV[4 * i - 1] and held[2] == ARGV[4 * i]
+  moves[i] = position ~= '' and padded_id(position) > padded_id(held[3] or '0-0')
+  redis.call('XLEN', KEYS[5 * i - 3])
+  require_deferred(5 * i - 2)
 end
 
-local deferrals = cmsgpack.unpack(ARGV[2])
-for i = 1, #deferrals do
-  local slice, place, order_key, failure, entries = unpack(deferrals[i])
-  if mine[slice] == 1 then
-    local hash, set = KEYS[place], KEYS[place + 1]
-    for j = 1, #entries do
-      local member = lane_of(order_key) .. padded(entries[j][1])
-      if redis.call('ZLEXCOUNT', set, '[' .. member .. ':', '(' .. member .. ';') == 0 then
-        redis.call('ZADD', set, 0, member .. ':' .. entries[j][2])
-      end
+-- A position that moves on is the id of an entry, which is there until it is passed. If it is not, this is a server
+-- that was promoted without it: its own next ids may be lower, and must not be taken for what was read. Deleting tells
+-- it without a copy of the entry; trimming would delete it anyway.
+for i = 1, n do
+  if mine[i] and moves[i] then mine[i] = redis.call('XDEL', KEYS[5 * i - 3], ARGV[4 * i + 1]) == 1 end
+end
+
+local function defer(at, queue, failure, entries)
+  for i = 1, #entries do
+    local member = queue .. padded_id(entries[i][1])
+    if redis.call('ZLEXCOUNT', KEYS[at + 1], '[' .. member .. ':', '(' .. member .. ';') == 0 then
+      redis.call('ZADD', KEYS[at + 1], 0, member .. ':' .. entries[i][2])
     end
-    local attempts, due, reason = string.match(redis.call('HGET', hash, order_key) or '', '^(%d+) (%w+) %d+ %S+ (.*)$')
-    if not attempts then
-      failure = failure or {0, 0, ''}
-      attempts, due, reason = failure[1], due_after(now, failure[2]), failure[3]
-    end
-    note(hash, set, order_key, attempts, due, reason)
   end
+  local first = padded_id(entries[1][1])
+  local attempts, due, _, oldest, reason = state_of(at, queue)
+  local before = due
+  if not attempts then
+    failure = failure or {0, 0, ''}
+    attempts, due, oldest, reason = failure[1], due_after(now, failure[2]), first, failure[3]
+  elseif first < oldest then
+    oldest = first
+  end
+  note(at, queue, before, attempts, due, redis.call('ZLEXCOUNT', KEYS[at + 1], bounds(queue)), oldest, reason)
+end
+
+for i = 1, #deferrals do
+  local slice, queue, failure, entries = unpack(deferrals[i])
+  if mine[slice] then defer(5 * slice - 2, queue, failure, entries) end
 end
 for i = 1, n do
-  if mine[i] == 1 then
-    local lease, at = KEYS[2 * i - 1], 4 * i - 1
-    redis.call('HSET', lease, 'position', ARGV[at + 2])
+  if mine[i] then
+    local lease, at = KEYS[5 * i - 4], 4 * i - 1
+    if moves[i] then
+      redis.call('HSET', lease, 'position', ARGV[at + 2])
+      redis.call('XTRIM', KEYS[5 * i - 3], 'MINID', '=', ARGV[at + 3])
+    end
     if ARGV[1] == '' then
       redis.call('HSET', lease, 'owner', '', 'expires_at', '0')
     else
       redis.call('HSET', lease, 'expires_at', string.format('%d', now + ARGV[1]))
     end
-    redis.call('XTRIM', KEYS[2 * i], 'MINID', '=', ARGV[at + 3])
   end
+  mine[i] = mine[i] and 1 or 0
 end
 return mine
 """
@@ -282,26 +358,80 @@ return mine
 DEFERRED: Final = Script(
     _NOW
     + """
--- KEYS: the hash of what is deferred of each slice
--- returns the time in milliseconds, then {order key, state, ...} of each slice
+-- KEYS: the states of what is deferred of each slice
+-- returns the time in milliseconds, then {queue, state, ...} of each slice
 local found = {now}
 for i = 1, #KEYS do found[i + 1] = redis.call('HGETALL', KEYS[i]) end
 return found
 """
 )
 
+DUE_DEFERRED: Final = Script(
+    _NOW
+    + _DEFERRED
+    + """
+-- KEYS: the three of what is deferred of each slice; ARGV: limit, topics to leave out
+-- returns {number of the slice, queue, state} of each, the longest due first
+-- It goes from topic to topic, so that neither what is not due nor what is left out costs anything, however much it is.
+local left_out, due = {}, {}
+for i = 2, #ARGV do left_out[ARGV[i]] = true end
+
+local function find_due(slice, topic)
+  local set, high = KEYS[3 * slice], '(' .. topic .. padded(string.format('%d', now + 1))
+  local found = redis.call('ZRANGEBYLEX', set, '[' .. topic, high, 'LIMIT', 0, ARGV[1])
+  for i = 1, #found do
+    local order_key = string.sub(found[i], #topic + 21)
+    due[#due + 1] = {slice, order_key .. topic, tonumber(string.sub(found[i], #topic + 1, #topic + 20))}
+  end
+end
+
+for slice = 1, #KEYS / 3 do
+  local low = '-'
+  while true do
+    local first = redis.call('ZRANGEBYLEX', KEYS[3 * slice], low, '+', 'LIMIT', 0, 1)[1]
+    if not first then break end
+    local topic = string.sub(first, 1, word_end(first, word_end(first, 1) + 1))
+    if not left_out[topic] then find_due(slice, topic) end
+    low = '(' .. topic .. ';'
+  end
+end
+table.sort(due, function(one, other) return one[3] < other[3] end)
+for i = #due, ARGV[1] + 1, -1 do due[i] = nil end
+for i = 1, #due do due[i][3] = redis.call('HGET', KEYS[3 * due[i][1] - 2], due[i][2]) end
+return {now, due}
+"""
+)
+
 READ_DEFERRED: Final = Script(
     _DEFERRED
     + """
--- KEYS: the entries of what is deferred of a slice; ARGV: order key, limit; returns {id, packed fields, ...}
-local lane = lane_of(ARGV[1])
-local found = redis.call('ZRANGEBYLEX', KEYS[1], '[' .. lane, '(' .. lane .. ';', 'LIMIT', 0, ARGV[2])
-local entries = {}
-for i = 1, #found do
-  entries[2 * i - 1] = string.sub(found[i], #lane + 1, #lane + 41)
-  entries[2 * i] = string.sub(found[i], #lane + 43)
+-- KEYS: the entries of what is deferred of each slice
+-- ARGV: limit of each queue, bytes of all, queues: {{number of its slice, queue}, ...}
+-- returns for each {id, packed fields, ...}
+local limit, room, queues = tonumber(ARGV[1]), tonumber(ARGV[2]), cmsgpack.unpack(ARGV[3])
+
+local function read(set, queue)
+  local entries, most = {}, 1
+  local low, high = bounds(queue)
+  while room > 0 and #entries < 2 * limit do
+    local count = math.min(most, limit - #entries / 2)
+    local found = redis.call('ZRANGEBYLEX', set, low, high, 'LIMIT', 0, count)
+    for i = 1, #found do
+      if room <= 0 then break end
+      local id = string.sub(found[i], #queue + 1, #queue + 41)
+      entries[#entries + 1] = id
+      entries[#entries + 1] = string.sub(found[i], #queue + 43)
+      room, low = room - #entries[#entries], '(' .. queue .. id .. ';'
+    end
+    if #found < count then break end
+    most = math.min(2 * most, 32)
+  end
+  return entries
 end
-return entries
+
+local found = {}
+for i = 1, #queues do found[i] = read(KEYS[queues[i][1]], queues[i][2]) end
+return found
 """
 )
 
@@ -310,41 +440,76 @@ SETTLE_DEFERRED: Final = Script(
     + _EVEN_WHEN_FULL
     + _DEFERRED
     + """
--- KEYS: lease, both of what is deferred of its slice; ARGV: owner, epoch, order key, {attempts, milliseconds or false,
--- reason}, ids that are published; returns whether any is left
-local held = redis.call('HMGET', KEYS[1], 'owner', 'epoch')
-if held[1] ~= ARGV[1] or held[2] ~= ARGV[2] then return 1 end
-redis.call('HLEN', KEYS[2])
-redis.call('ZCARD', KEYS[3])
-local failure = cmsgpack.unpack(ARGV[4])
-
-for i = 5, #ARGV do
-  local member = lane_of(ARGV[3]) .. padded(ARGV[i])
-  redis.call('ZREMRANGEBYLEX', KEYS[3], '[' .. member .. ':', '(' .. member .. ';')
+-- KEYS: of each of n slices the lease and the three of what is deferred
+-- ARGV: progress; then owner, epoch of each slice
+--   progress: {number of its slice, queue, {attempts, milliseconds or false, reason}, {id that is published, ...}}
+-- returns for each progress whether nothing is left
+local mine = {}
+for i = 1, #KEYS / 4 do
+  local held = redis.call('HMGET', KEYS[4 * i - 3], 'owner', 'epoch')
+  mine[i] = held[1] == ARGV[2 * i] and held[2] == ARGV[2 * i + 1]
+  require_deferred(4 * i - 2)
 end
-return note(KEYS[2], KEYS[3], ARGV[3], failure[1], due_after(now, failure[2]), failure[3])
+
+local function settle(at, queue, failure, published)
+  for i = 1, #published do
+    local member = queue .. padded_id(published[i])
+    redis.call('ZREMRANGEBYLEX', KEYS[at + 1], '[' .. member .. ':', '(' .. member .. ';')
+  end
+  local _, before = state_of(at, queue)
+  local low, high = bounds(queue)
+  local first = redis.call('ZRANGEBYLEX', KEYS[at + 1], low, high, 'LIMIT', 0, 1)[1]
+  if not first then
+    redis.call('HDEL', KEYS[at], queue)
+    reschedule(at, queue, before, nil)
+    return 1
+  end
+  local pending, oldest = redis.call('ZLEXCOUNT', KEYS[at + 1], low, high), string.sub(first, #queue + 1, #queue + 41)
+  note(at, queue, before, failure[1], due_after(now, failure[2]), pending, oldest, failure[3])
+  return 0
+end
+
+local progress = cmsgpack.unpack(ARGV[1])
+for i = 1, #progress do
+  local slice, queue, failure, published = unpack(progress[i])
+  progress[i] = mine[slice] and settle(4 * slice - 2, queue, failure, published) or 0
+end
+return progress
 """
 )
 
 REPLAY: Final = Script(
     _NOW
     + _EVEN_WHEN_FULL
+    + _DEFERRED
     + """
--- KEYS: the hash of what is deferred of each slice; ARGV: the only order key, if not all; returns how many were parked
+-- KEYS: the three of what is deferred of each slice; ARGV: the only order key, if not all; returns how many were parked
+for at = 1, #KEYS, 3 do require_deferred(at) end
 local replayed = 0
-local function replay(hash, order_key, state)
-  local rest = string.match(state or '', '^%d+ parked (.*)$')
-  if rest then
-    redis.call('HSET', hash, order_key, string.format('0 %d ', now) .. rest)
+local function replay(at, queue)
+  local attempts, due, pending, oldest, reason = state_of(at, queue)
+  if due == 'parked' then
+    note(at, queue, due, 0, due_after(now, 0), pending, oldest, reason)
     replayed = replayed + 1
   end
 end
-for i = 1, #KEYS do
+
+local function replay_order_key(at, order_key)
+  local low, high = bounds(order_key)
+  while true do
+    local first = redis.call('ZRANGEBYLEX', KEYS[at + 1], low, high, 'LIMIT', 0, 1)[1]
+    if not first then return end
+    local queue = string.sub(first, 1, word_end(first, word_end(first, #order_key + 1) + 1))
+    replay(at, queue)
+    low = '(' .. queue .. ';'
+  end
+end
+
+for at = 1, #KEYS, 3 do
   if ARGV[1] then
-    replay(KEYS[i], ARGV[1], redis.call('HGET', KEYS[i], ARGV[1]))
+    replay_order_key(at, ARGV[1])
   else
-    local held = redis.call('HGETALL', KEYS[i])
-    for j = 1, #held, 2 do replay(KEYS[i], held[j], held[j + 1]) end
+    for _, queue in ipairs(redis.call('HKEYS', KEYS[at])) do replay(at, queue) end
   end
 end
 return replayed

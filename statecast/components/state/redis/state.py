@@ -10,9 +10,9 @@ from typing import Final, Self
 from statecast.clock import Clock
 from statecast.components.manifest import Component, describe
 from statecast.components.metadata import STATE_FIELDS, MetadataReader
-from statecast.components.redis.connection import ErrorReply
+from statecast.components.redis.connection import ErrorReply, UnfitServer
 from statecast.components.redis.pipeline import Pipeline
-from statecast.components.redis.server import find_problem, parse_info
+from statecast.components.redis.server import parse_info
 from statecast.components.redis.settings import read_settings
 from statecast.components.state.commit import Commit, Consistency, ETag, Item, Upsert
 from statecast.components.state.redis.database import Database
@@ -104,9 +104,20 @@ class RedisStateStore:
         )
 
     async def _examine_server(self) -> None:
+        try:
+            await self._make_ready()
+        except StoreUnavailable as error:
+            match error.__cause__:
+                case UnfitServer():
+                    raise ComponentError(str(error)) from error
+                case ErrorReply(is_missing_right=True):
+                    raise ComponentError(f"the user lacks a right: {error}") from error
+            raise
+
+    async def _make_ready(self) -> None:
         facts = parse_info(await self._database.command("INFO"))
-        if problem := find_problem(facts) or _find_eviction(facts):
-            raise ComponentError(f"{self._described}: {problem}")
+        if problem := _find_eviction(facts):
+            raise ComponentError(problem)
         if facts.get("aof_enabled") == "0":
             logger.warning(
                 "%s: the server keeps no append-only file: what was committed since its last snapshot is lost"
@@ -116,12 +127,7 @@ class RedisStateStore:
         self._database.replicas = int(facts.get("connected_slaves", "0"))
         for script in (COMMIT, READ):
             await self._database.command("SCRIPT", "LOAD", script.source)
-        try:
-            await self._database.ask(REHEARSE, 1, self._names.rehearsal)
-        except StoreUnavailable as error:
-            if isinstance(error.__cause__, ErrorReply) and error.__cause__.is_missing_right:
-                raise ComponentError(f"{self._described}: the user lacks a right: {error}") from error
-            raise
+        await self._database.ask(REHEARSE, 1, self._names.rehearsal)
 
 
 def _find_eviction(facts: Mapping[str, str]) -> str | None:

@@ -22,9 +22,12 @@ _FORBIDDEN_PRAGMAS = frozenset({"busy_timeout", "journal_mode", "foreign_keys"})
 _DRIVER_OPTIONS = frozenset({"_pragma", "_txlock", "_time_format"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SqliteConfig:
-    """`uri` is what SQLite opens; `location` is how messages name it; `path` is None where there is no file."""
+    """`uri` is what SQLite opens; `location` is how messages name it; `path` is None where there is no file.
+
+    It has no `repr`, for any of it may come from a secret. A `busy_timeout` of nothing does not wait at all.
+    """
 
     uri: str
     location: str
@@ -51,7 +54,8 @@ def parse_config(component: Component) -> SqliteConfig:
     name, _, query = connection.partition("?")
     options = parse_qsl(query, keep_blank_values=True)
     path = _path_of(name, dict(options))
-    is_secret = component.secret_fields & {"connectionstring", "url"}
+    stand_in = reader.stand_in("connectionString") or reader.stand_in("url")
+    disables_wal = reader.boolean("disableWAL")
     table = _identifier(reader, "tableName", "state")
     metadata_table = _identifier(reader, "metadataTableName", "metadata")
     if table.lower() == metadata_table.lower():
@@ -62,9 +66,9 @@ def parse_config(component: Component) -> SqliteConfig:
     )
     config = SqliteConfig(
         uri=_uri(path, options),
-        location="the SQLite database" if is_secret else (path or ":memory:"),
+        location=stand_in or path or ":memory:",
         path=path,
-        uses_wal=path is not None and not reader.boolean("disableWAL") and not _is_read_only(dict(options)),
+        uses_wal=path is not None and not disables_wal and not _is_read_only(dict(options)),
         pragmas=tuple(_pragma(reader, text) for option, text in options if option == "_pragma"),
         timeout=reader.duration(
             "timeout",
@@ -72,10 +76,7 @@ def parse_config(component: Component) -> SqliteConfig:
             default=timedelta(seconds=20),
             minimum=timedelta(seconds=1),
         ),
-        # In milliseconds when bare, as the pragma of that name takes it.
-        busy_timeout=reader.duration(
-            "busyTimeout", default=timedelta(seconds=2), bare="milliseconds", minimum=timedelta(0)
-        ),
+        busy_timeout=max(reader.duration("busyTimeout", default=timedelta(seconds=2)), timedelta(0)),
         table=table,
         metadata_table=metadata_table,
         cleanup_interval=cleanup_interval if cleanup_interval > timedelta(0) else None,
@@ -123,7 +124,7 @@ def _pragma(reader: MetadataReader, text: str) -> tuple[str, str | None]:
 def _identifier(reader: MetadataReader, field: str, default: str) -> str:
     name = reader.text(field) or default
     if not _IDENTIFIER.fullmatch(name):
-        raise reader.error(field, f"is an invalid identifier: {name}; it takes ASCII letters, digits and underscores")
+        raise reader.error(field, "is an invalid identifier: it takes ASCII letters, digits and underscores")
     if name.lower().startswith(("sqlite_", "statecast_")):
         raise reader.error(field, "must not begin with `sqlite_` or `statecast_`")
     return name

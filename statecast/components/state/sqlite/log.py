@@ -10,7 +10,18 @@ from typing import Any, cast
 import apsw
 from msgspec.structs import replace
 
-from statecast.components.state.log import Batch, Deferral, DeferredKey, Failure, Lease, LogEntry, SliceStatus
+from statecast.components.state.log import (
+    READ_BYTES,
+    Batch,
+    Deferral,
+    DeferredQueue,
+    Lease,
+    LogEntry,
+    QueueProgress,
+    QueueStatus,
+    SliceStatus,
+    Topic,
+)
 from statecast.components.state.sqlite import deferred
 from statecast.components.state.sqlite.database import Database
 from statecast.components.state.sqlite.entries import ENTRY_COLUMNS, entry_of
@@ -22,8 +33,6 @@ POLL = timedelta(milliseconds=20)
 
 TRIM_CHUNK = 1000
 """How many rows one transaction of `trim` looks at, so that commits need not wait for it."""
-
-_READ_BYTES = 16 * 1024 * 1024
 
 Positions = dict[int, int]
 """By slice, the id up to which everything was read."""
@@ -90,7 +99,7 @@ class SqliteOutboxLog:
         statement = f"""SELECT {ENTRY_COLUMNS}
             FROM "{self._log.outbox}" WHERE {condition} ORDER BY id LIMIT ?"""
         entries: list[LogEntry] = []
-        room = _READ_BYTES
+        room = READ_BYTES
         # A cursor of its own, closed where reading stops: one that is left halfway would keep the log from shrinking.
         with closing(cursor.connection.execute(statement, (*bindings, limit))) as rows:
             for row in rows:
@@ -105,9 +114,7 @@ class SqliteOutboxLog:
         def persist(cursor: apsw.Cursor) -> list[Lease]:
             mine = [lease for lease in leases if self._move(cursor, lease, ttl)]
             slices = {lease.slice for lease in mine}
-            for deferral in deferrals:
-                if deferral.entries[0].slice in slices:
-                    deferred.put_aside(cursor, self._log, deferral)
+            deferred.put_aside(cursor, self._log, [each for each in deferrals if each.entries[0].slice in slices])
             return mine
 
         return await self._database.write(persist) if leases else []
@@ -136,19 +143,26 @@ class SqliteOutboxLog:
         if leases:
             await self._database.write(give_up)
 
-    async def deferred(self, slices: Collection[int]) -> list[DeferredKey]:
-        return await self._database.read(lambda cursor: deferred.list_keys(cursor, self._log, sorted(slices)))
+    async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
+        return await self._database.read(lambda cursor: deferred.list_queues(cursor, self._log, slices))
 
-    async def read_deferred(self, slice: int, order_key: str, limit: int) -> list[LogEntry]:
-        return await self._database.read(lambda cursor: deferred.read_entries(cursor, self._log, order_key, limit))
+    async def due_deferred(
+        self, slices: Collection[int], limit: int, but_for: Collection[Topic] = ()
+    ) -> list[QueueStatus]:
+        def list_due(cursor: apsw.Cursor) -> list[QueueStatus]:
+            return deferred.list_due(cursor, self._log, slices, max(limit, 0), frozenset(but_for))
 
-    async def settle_deferred(
-        self, lease: Lease, order_key: str, published: Sequence[str], failure: Failure | None
-    ) -> bool:
-        def settle(cursor: apsw.Cursor) -> bool:
-            return not self._is_mine(cursor, lease) or deferred.settle(cursor, self._log, order_key, published, failure)
+        return await self._database.read(list_due)
 
-        return await self._database.write(settle)
+    async def read_deferred(self, queues: Sequence[DeferredQueue], limit: int) -> list[LogEntry]:
+        return await self._database.read(lambda cursor: deferred.read_entries(cursor, self._log, queues, limit))
+
+    async def settle_deferred(self, leases: Sequence[Lease], progress: Sequence[QueueProgress]) -> list[DeferredQueue]:
+        def settle(cursor: apsw.Cursor) -> list[DeferredQueue]:
+            slices = {lease.slice for lease in leases if self._is_mine(cursor, lease)}
+            return deferred.settle(cursor, self._log, [each for each in progress if each.queue.slice in slices])
+
+        return await self._database.write(settle) if progress else []
 
     async def replay(self, order_key: str | None = None) -> int:
         return await self._database.write(lambda cursor: deferred.replay(cursor, self._log, order_key))

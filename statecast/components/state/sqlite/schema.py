@@ -8,7 +8,7 @@ import apsw
 from statecast.components.state.log import DEFAULT_SLICES
 from statecast.components.state.sqlite.config import SqliteConfig
 
-VERSION = 2
+VERSION = 3
 
 NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 """The database's clock as text in UTC, to the millisecond: `2026-01-02 03:04:05.250`.
@@ -75,17 +75,27 @@ CREATE TABLE IF NOT EXISTS statecast_claims (
   claimed_at TEXT NOT NULL,
   PRIMARY KEY (app_id, type, id)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS statecast_deferred_keys (
+INSERT INTO statecast_schema (version) VALUES ({version}) ON CONFLICT DO NOTHING;
+"""
+
+# The index goes from topic to topic, and in each to what is due: a relay may ask often, however many queues are parked,
+# are not due, or wait for a topic that takes nothing.
+_DEFERRED_TABLES = """
+CREATE TABLE IF NOT EXISTS statecast_deferred_queues (
   log INTEGER NOT NULL,
-  order_key TEXT NOT NULL,
   slice INTEGER NOT NULL,
+  order_key TEXT NOT NULL,
+  pubsub TEXT NOT NULL,
+  topic TEXT NOT NULL,
   attempts INTEGER NOT NULL,
   reason TEXT NOT NULL,
   due_at REAL,
   pending INTEGER NOT NULL,
   oldest_at TEXT NOT NULL,
-  PRIMARY KEY (log, order_key)
+  PRIMARY KEY (log, slice, order_key, pubsub, topic)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS statecast_deferred_due ON statecast_deferred_queues (log, pubsub, topic, due_at)
+  WHERE due_at IS NOT NULL;
 CREATE TABLE IF NOT EXISTS statecast_deferred_entries (
   log INTEGER NOT NULL,
   id INTEGER NOT NULL,
@@ -98,9 +108,20 @@ CREATE TABLE IF NOT EXISTS statecast_deferred_entries (
   metadata TEXT NOT NULL,
   created_at TEXT NOT NULL,
   body BLOB NOT NULL,
-  PRIMARY KEY (log, order_key, id)
+  PRIMARY KEY (log, slice, order_key, pubsub, topic, id)
 );
-INSERT INTO statecast_schema (version) VALUES ({version}) ON CONFLICT DO NOTHING;
+"""
+
+# Each queue goes on with what was known of its key: what was parked waits until it is replayed.
+_QUEUES_OF_KEYS = """
+INSERT INTO statecast_deferred_entries SELECT * FROM statecast_deferred_entries_2;
+INSERT INTO statecast_deferred_queues
+  (log, slice, order_key, pubsub, topic, attempts, reason, due_at, pending, oldest_at)
+SELECT log, e.slice, order_key, pubsub, topic, attempts, reason, due_at, count(*), min(created_at)
+FROM statecast_deferred_entries_2 e JOIN statecast_deferred_keys USING (log, order_key)
+GROUP BY log, order_key, pubsub, topic;
+DROP TABLE statecast_deferred_entries_2;
+DROP TABLE statecast_deferred_keys;
 """
 
 # AUTOINCREMENT: a table that was trimmed empty must not begin again at 1, where every position has passed.
@@ -142,6 +163,7 @@ def migrate(connection: apsw.Connection, config: SqliteConfig) -> None:
         connection.execute(_DAPR_TABLES.format(state=config.table, metadata=config.metadata_table))
         connection.execute(_OUR_TABLES.format(version=VERSION))
         _let_marks_remember_etags(connection)
+        _let_topics_wait_apart(connection)
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
@@ -171,9 +193,23 @@ def _let_marks_remember_etags(connection: apsw.Connection) -> None:
         connection.execute("ALTER TABLE statecast_marks ADD COLUMN etags TEXT")
 
 
+def _let_topics_wait_apart(connection: apsw.Connection) -> None:
+    is_by_key = "statecast_deferred_keys" in _tables(connection)
+    if is_by_key:
+        connection.execute("ALTER TABLE statecast_deferred_entries RENAME TO statecast_deferred_entries_2")
+    connection.execute(_DEFERRED_TABLES)
+    if is_by_key:
+        # Schema 2 had one queue for each order key. A process of that version that is still running finds the table of
+        # its keys no more, and relays nothing from where it would put something aside.
+        connection.execute(_QUEUES_OF_KEYS)
+
+
+def _tables(connection: apsw.Connection) -> set[str]:
+    return {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
 def _is_current(connection: apsw.Connection, config: SqliteConfig) -> bool:
-    tables = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not tables >= {config.table, config.metadata_table, "statecast_schema"}:
+    if not _tables(connection) >= {config.table, config.metadata_table, "statecast_schema"}:
         return False
     select = f"""SELECT (SELECT max(version) FROM statecast_schema) >= ?
         AND EXISTS (SELECT 1 FROM "{config.metadata_table}" WHERE key = 'migrations')"""
