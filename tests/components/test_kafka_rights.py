@@ -242,10 +242,14 @@ async def test_events_for_a_topic_without_the_right_wait_for_it_and_arrive_in_or
         counts = runtime.relay_counts("store")
         assert counts is not None
 
+        async def is_aside() -> bool:
+            return bool(await runtime.outbox_deferred("store"))
+
         await commit_orders(runtime, range(40), also=allowed)
         await until(lambda: counts.published == 40)
         await commit_orders(runtime, range(40, 60), also=allowed)
         await until(lambda: counts.published == 60)
+        await deadline.until(is_aside)
         aside = await runtime.outbox_deferred("store")
         await kafka.grant("alice", Right.WRITE, forbidden)
         await until(lambda: counts.published == 120)
