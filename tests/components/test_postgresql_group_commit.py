@@ -37,6 +37,7 @@ from statecast.errors import (
     StatecastError,
     StoreUnavailable,
 )
+from tests.components.stalling import stalled, until_stalled
 
 HOUR = timedelta(hours=1)
 CALLS_AT_ONCE = 3
@@ -175,6 +176,21 @@ async def test_commits_of_one_key_keep_the_order_in_which_they_were_submitted(
         numbers = [number for number, each in enumerate(commits) if key in {one.key for one in each.operations}]
         assert await event_ids(admin, key) == [f"{key}#{number}" for number in numbers]
         assert await admin.fetchval("select value from state where key = $1", key) == b"%d" % numbers[-1]
+
+
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_those_behind_a_commit_go_on_although_it_has_nothing_left_to_give_back_at_its_end(
+    postgresql_url: str, admin: asyncpg.Connection, connections: str
+) -> None:
+    """A call that takes long frees its slot meanwhile, and where there is one connection it has no place."""
+    long = timedelta(milliseconds=100)
+    async with store_on(postgresql_url, maxConns=connections, timeout="5s") as store:
+        async with stalled(admin):
+            tasks = start(store, [write("orders||slow", number) for number in range(3)])
+            await until_stalled(admin, age=long)
+        await asyncio.gather(*tasks)
+
+    assert await event_ids(admin) == [f"orders||slow#{number}" for number in range(3)]
 
 
 async def test_large_commits_go_with_as_few_others_as_the_locks_allow(
@@ -351,6 +367,22 @@ async def test_a_commit_that_had_no_turn_in_its_time_is_unavailable_and_not_appl
     assert not [answer for answer in done if isinstance(answer, BaseException)]
     for key in taken:
         assert await event_ids(admin, key) == [f"{key}#0", f"{key}#9"]
+
+
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_every_caller_is_answered_in_time_though_a_key_is_held_for_ever(
+    postgresql_url: str, user: asyncpg.Connection, connections: str
+) -> None:
+    """Alone, a busy commit is mostly under way when one looks at the clock."""
+    async with store_on(postgresql_url, maxConns=connections, timeout="1s") as store:
+        await store.transact(write("orders||held"))
+        async with held(user, ["orders||held"]):
+            for number in range(3):
+                (alone,) = await answers(store, [write("orders||held", number)])
+                assert isinstance(alone, StoreUnavailable)
+            together = await answers(store, [write("orders||held", number) for number in range(3)])
+
+    assert [type(answer) for answer in together] == [StoreUnavailable] * 3
 
 
 # Connections that break, callers that go

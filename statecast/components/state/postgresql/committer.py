@@ -190,6 +190,8 @@ class Committer:
             for waiting in batch:
                 if not waiting.is_finished:
                     self._finish(waiting, _broken_off(waiting))
+        # Also where nothing was given back: those behind may have become free to go.
+        self._dispatch_soon()
 
     async def _run_together(self, batch: list[_Waiting]) -> None:
         """Run a batch without waiting for locks; what is busy runs alone, its keys held all the time."""
@@ -271,6 +273,7 @@ class Committer:
         if self._is_over(waiting):
             return
         self._aside.append(waiting)
+        self._keep_watch_later()
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_again)
 
@@ -301,6 +304,7 @@ class Committer:
         for waiting in [waiting for waiting in self._aside if waiting.deadline <= now]:
             self._aside.remove(waiting)
             self._finish(waiting, _late())
+            self._dispatch_soon()
         if self._queued or self._aside:
             self._keep_watch_later()
 
