@@ -386,6 +386,27 @@ async def test_what_postgresql_cannot_keep_is_an_invalid_request(store: Postgres
 # Deadlocks
 
 
+async def test_keys_are_locked_in_the_order_of_their_hashes_so_that_those_that_share_some_do_not_cross(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    """Of two pairs of keys with crossed hashes the order of the keys makes a deadlock."""
+    first, last = "orders||2", "orders||1"
+    assert await admin.fetchval("select hashtext($1) < hashtext($2)", first, last)
+    holder = await asyncpg.connect(postgresql_url)
+    transaction = holder.transaction()
+    await transaction.start()
+    await call(holder, commit(Upsert(first, b"held")), wait=True)
+
+    waiting = asyncio.create_task(store.transact(commit(Upsert(first, b"1"), Upsert(last, b"1"))))
+    await until(lambda: is_waiting_for_a_lock(admin))
+    (outcome,) = await call(admin, commit(Upsert(last, b"free")))
+
+    assert isinstance(outcome, Applied)
+    await transaction.rollback()
+    await waiting
+    await holder.close()
+
+
 async def test_commits_sweeps_and_expiring_keys_do_not_lock_each_other_out(
     postgresql_url: str, admin: asyncpg.Connection
 ) -> None:

@@ -285,8 +285,9 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
     have to, for then it has neighbours that should not wait with it. A first write that another program's write
     came before is an error with SQLSTATE SC001, and nothing of the call is applied.
 
-    Locks are taken in one order everywhere: gate, claims, keys, marks; then come the writes and last the events, whose
-    ids are drawn under the locks of their keys and so are in the order of the commits.
+    Locks are taken in one order everywhere: gate, claims, keys, marks, those of keys and marks in the order of their
+    hashes, which several may share; then come the writes and last the events, whose ids are drawn under the locks of
+    their keys and so are in the order of the commits.
     """
     parameters = ", ".join(COMMIT_PARAMETERS)
     gate = f"hashtext({_literal(layout.state)})"
@@ -305,6 +306,7 @@ declare
   found_expiry timestamptz;
   found_etags text;
   part record;
+  hash integer;
   locked text[];
   locked_marks bytea[];
   is_raced boolean;
@@ -367,8 +369,8 @@ def _alone(layout: Layout, log: int) -> str:
     return f"""\
     -- A key that is absent has no row to lock, so every key has a lock of its own.
     if operations <= {_MOST_KEY_LOCKS} then
-      for i in 1 .. operations loop
-        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i]));
+      foreach hash in array array(select hashtext(key) from unnest(o_key) as key order by 1) loop
+        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hash);
       end loop;
     end if;
 
@@ -391,9 +393,11 @@ def _alone(layout: Layout, log: int) -> str:
 
     -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
     -- application that has moved its etags.
-    for i in 1 .. marks loop
-      nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
-    end loop;
+    if marks > 0 then
+      foreach hash in array array(select hashtext(encode(mark, 'hex')) from unnest(m_digest) as mark order by 1) loop
+        nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hash);
+      end loop;
+    end if;
     for i in 1 .. marks loop
       select expires_at, etags into found_expiry, found_etags from {layout.marks} where digest = m_digest[i];
       if found_expiry > clock_timestamp() then
