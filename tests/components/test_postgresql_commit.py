@@ -38,6 +38,7 @@ from statecast.errors import (
     Fenced,
     InvalidRequest,
     OutcomeUnknown,
+    StatecastError,
     StoreUnavailable,
 )
 from statecast.runtime.servers import PrivateServer, ServerKind
@@ -226,14 +227,59 @@ async def test_a_refused_commit_of_a_call_leaves_nothing_and_its_neighbours_are_
         Commit((Upsert("orders||6", b"x"),), guards=(Guard("Cart", "2", str(uuid4())),)),
     )
 
-    assert [type(outcome) for outcome in outcomes] == [Applied, Refused, Refused, Refused, Applied, Busy]
+    assert [type(outcome) for outcome in outcomes] == [Applied, Refused, Refused, Refused, Applied, Refused]
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, Refused)]
-    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch]
+    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch, Fenced]
     assert await values(admin) == {"orders||old": b"0", "orders||1": b"1", "orders||5": b"5"}
     assert await events(admin) == ["good-1"]
     digests = {row["digest"] for row in await admin.fetch("select digest from statecast_mark")}
     assert digests == {mark(1).digest, mark(3).digest}
     assert await admin.fetchval("select commit_seq from statecast_claim") == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_of_several_rules_that_are_broken_the_first_is_told(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, wait: bool
+) -> None:
+    """Marks before guards before conditions; marks as the commit has them, the other two as they are sorted."""
+    await store.transact(commit(marks=[mark(1), mark(2)]))
+    guards = tuple([await store.directory.claim("Cart", name) for name in "abc"])
+    for guard in guards[1:]:
+        await store.directory.claim("Cart", guard.id)
+    conditions = tuple(Upsert(f"orders||{name}", b"x", etag=ETag("stale")) for name in "dcba")
+
+    async def refusal(change: Commit) -> StatecastError:
+        (outcome,) = await call(admin, change, wait=wait)
+        assert isinstance(outcome, Refused)
+        return outcome.error
+
+    broken_condition = await refusal(Commit((Upsert("orders||0", b"x"), *conditions)))
+    lost_claim = await refusal(Commit(conditions, guards=guards[::-1]))
+    set_mark = await refusal(Commit(conditions, marks=(mark(3), mark(2), mark(1)), guards=guards))
+
+    assert isinstance(broken_condition, ETagMismatch)
+    assert broken_condition.key == "orders||a"
+    assert isinstance(lost_claim, Fenced)
+    assert lost_claim.id == "b"
+    assert isinstance(set_mark, Duplicate)
+    assert set_mark.digest == mark(2).digest
+
+
+async def test_a_call_without_waiting_tells_a_mark_that_is_set_although_all_else_is_held(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    guard = await store.directory.claim("Cart", "1")
+    once = Commit((Upsert("orders||1", b"1"),), marks=(mark(1),), guards=(guard,))
+    await store.transact(once)
+    holder = await asyncpg.connect(postgresql_url)
+    async with holder.transaction():
+        await call(holder, Commit((Upsert("orders||1", b"held"),), guards=(guard,)), wait=True)
+
+        (outcome,) = await call(admin, once)
+
+    assert isinstance(outcome, Refused)
+    assert isinstance(outcome.error, Duplicate)
+    await holder.close()
 
 
 @pytest.mark.parametrize("held", ["present key", "absent key", "mark", "claim"])

@@ -240,6 +240,25 @@ async def test_a_commit_that_is_refused_leaves_its_neighbours(
     assert await calls(admin) == CALLS_AT_ONCE
 
 
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_a_lost_claim_and_a_set_mark_are_told_at_once_however_few_connections_there_are(
+    postgresql_url: str, admin: asyncpg.Connection, connections: str
+) -> None:
+    async with store_on(postgresql_url, maxConns=connections) as store:
+        guard = await store.directory.claim("Cart", "1")
+        guarded = Commit((Upsert("orders||1", b"1"),), (event("orders||1", 1),), guards=(guard,))
+        once = Commit((Upsert("orders||2", b"1"),), (event("orders||2", 1),), (Mark(b"m" * 16, HOUR),), (guard,))
+        await store.transact(once)
+        await store.directory.claim("Cart", "1")
+
+        alone = [*await answers(store, [guarded]), *await answers(store, [once])]
+        together = await answers(store, [guarded, write("orders||3"), once])
+
+    assert [type(answer) for answer in alone] == [Fenced, Duplicate]
+    assert [type(answer) for answer in together] == [Fenced, tuple, Duplicate]
+    assert await event_ids(admin) == ["orders||2#1", "orders||3#0"]
+
+
 async def test_a_batch_that_was_rolled_back_for_one_commit_is_run_one_by_one_and_each_once(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:

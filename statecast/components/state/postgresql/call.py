@@ -231,7 +231,7 @@ def collapsed_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], t
 def _mark_rows(marks: Sequence[Mark], etags: Sequence[ETag | None]) -> list[_MarkRow]:
     remembered = orjson.dumps(etags).decode()
     lives = {mark.digest: mark.ttl for mark in marks}
-    return [(digest, _seconds(ttl), remembered) for digest, ttl in sorted(lives.items())]
+    return [(digest, _seconds(ttl), remembered) for digest, ttl in lives.items()]
 
 
 def _record_row(record: OutboxRecord, slices: int) -> _RecordRow:

@@ -276,16 +276,18 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
     It is given the parts of `n` commits as arrays, each part with the number of its commit (from 1), and answers
     one text for each commit: null for applied, else why nothing of it was: `fenced <i>`, `etag <i>`, `duplicate
     <i> <etags>` with the number of the guard, operation or mark among those of this call, or `busy`. Each commit's
-    guards come sorted by type and id, its operations by the UTF-8 bytes of their key, its marks by digest, its events
-    in their order; no guard, key or mark comes twice; arrays of what there is none of may be null. `o_kind` is
+    guards come sorted by type and id, its operations by the UTF-8 bytes of their key, its marks and events in their
+    order; no guard, key or mark comes twice; arrays of what there is none of may be null. `o_kind` is
     u(psert), d(elete) or c(heck); `o_expected` an etag, `''` for absent, null for no condition. Times to live are
     seconds. `m_etags` is what the mark remembers of its commit's answer, `["<etag>", null]`; a duplicate tells it.
+
+    The first rule broken is the one that is told: marks come before guards before operations, each in their order.
 
     With `wait` a commit waits for those that hold its claims, keys and marks; without, it is `busy` where it would
     have to, for then it has neighbours that should not wait with it. A first write that another program's write
     came before is an error with SQLSTATE SC001, and nothing of the call is applied.
 
-    Locks are taken in one order everywhere: gate, claims, keys, marks, those of keys and marks in the order of their
+    Locks are taken in one order everywhere: gate, marks, claims, keys, those of marks and keys in the order of their
     hashes, which several may share; then come the writes and last the events, whose ids are drawn under the locks of
     their keys and so are in the order of the commits.
     """
@@ -304,11 +306,9 @@ declare
   nothing text;
   found_etag text;
   found_expiry timestamptz;
-  found_etags text;
   part record;
   hash integer;
   locked text[];
-  locked_marks bytea[];
   is_raced boolean;
   lock_timeout text;
 begin
@@ -334,6 +334,8 @@ begin
     end if;
   end if;
 
+{_marks(layout)}
+
   for i in 1 .. guards loop
     continue when refusal[g_commit[i]] is not null;
     if wait then
@@ -344,7 +346,10 @@ begin
         and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i] for update skip locked;
     end if;
     if not found then
-      refusal[g_commit[i]] := case when wait then 'fenced ' || i else 'busy' end;
+      -- A token is given out once: if it stands there still, its row is held, else it will never be there again.
+      perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
+        and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i];
+      refusal[g_commit[i]] := case when found then 'busy' else 'fenced ' || i end;
     end if;
   end loop;
 
@@ -364,11 +369,41 @@ end
 $function$"""
 
 
+def _marks(layout: Layout) -> str:
+    """The part that judges marks, before all else: a commit that is repeated must learn that it happened, although it
+    is its own first application that has moved its etags, or its claim was taken over since."""
+    return f"""\
+  if marks > 0 then
+    if wait then
+      foreach hash in array array(select hashtext(encode(mark, 'hex')) from unnest(m_digest) as mark order by 1) loop
+        nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hash);
+      end loop;
+    else
+      for part in
+        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
+        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
+      loop
+        refusal[part.commit] := 'busy';
+      end loop;
+    end if;
+    -- Backwards: the first one of a commit is the one that stays.
+    for part in
+      select m.commit, m.number, t.etags
+      from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
+      join {layout.marks} t on t.digest = m.digest
+      where t.expires_at > clock_timestamp()
+      order by m.number desc
+    loop
+      refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
+    end loop;
+  end if;"""
+
+
 def _alone(layout: Layout, log: int) -> str:
     """The part of the commit function for one commit with few operations, in loops, which waits for every lock."""
     return f"""\
     -- A key that is absent has no row to lock, so every key has a lock of its own.
-    if operations <= {_MOST_KEY_LOCKS} then
+    if operations between 1 and {_MOST_KEY_LOCKS} and refusal[1] is null then
       foreach hash in array array(select hashtext(key) from unnest(o_key) as key order by 1) loop
         nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hash);
       end loop;
@@ -390,20 +425,6 @@ def _alone(layout: Layout, log: int) -> str:
         end if;
       end loop;
     end if;
-
-    -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
-    -- application that has moved its etags.
-    if marks > 0 then
-      foreach hash in array array(select hashtext(encode(mark, 'hex')) from unnest(m_digest) as mark order by 1) loop
-        nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hash);
-      end loop;
-    end if;
-    for i in 1 .. marks loop
-      select expires_at, etags into found_expiry, found_etags from {layout.marks} where digest = m_digest[i];
-      if found_expiry > clock_timestamp() then
-        refusal[m_commit[i]] := concat_ws(' ', 'duplicate', i, found_etags);
-      end if;
-    end loop;
 
     -- All is decided; what follows is written for the commits without a refusal.
     for i in 1 .. operations loop
@@ -460,36 +481,11 @@ def _together(layout: Layout, log: int) -> str:
       where s.key is not null and l.key is null
         or o.expected = '' and s.key is not null and (s.expires_at > clock_timestamp()) is not false
         or o.expected <> '' and (s.key is null or s.expires_at <= clock_timestamp() or s.etag::text <> o.expected)
+      order by o.number
     loop
-      continue when refusal[part.commit] = 'busy';
+      continue when refusal[part.commit] is not null;
       refusal[part.commit] := case when part.is_held then 'busy' else 'etag ' || part.number end;
     end loop;
-
-    if marks > 0 then
-      for part in
-        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
-        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
-      loop
-        refusal[part.commit] := 'busy';
-      end loop;
-      locked_marks := array(
-        select t.digest from unnest(m_digest) as m(digest) join {layout.marks} t on t.digest = m.digest
-        for update of t skip locked);
-      for part in
-        select m.commit, m.number, l.digest is null as is_held, t.expires_at > clock_timestamp() as is_set,
-          t.etags
-        from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
-        join {layout.marks} t on t.digest = m.digest
-        left join unnest(locked_marks) as l(digest) on l.digest = m.digest
-      loop
-        continue when refusal[part.commit] = 'busy';
-        if part.is_held then
-          refusal[part.commit] := 'busy';
-        elsif part.is_set then
-          refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
-        end if;
-      end loop;
-    end if;
 
     with written as (
       insert into {layout.state} as t (key, value, etag, expires_at)
