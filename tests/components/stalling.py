@@ -9,9 +9,9 @@ import asyncpg
 from statecast.components.testing.deadline import until
 
 _TRIGGER = """
-create table if not exists stalling (key text);
+create table if not exists stalling (is_so boolean);
 create or replace function stall() returns trigger language plpgsql as $$ begin
-  while exists (select from stalling where new.key like key) loop perform pg_sleep(0.002); end loop;
+  while exists (select from stalling) loop perform pg_sleep(0.002); end loop;
   return new;
 end $$;
 create or replace trigger stall before insert on state for each row execute function stall();
@@ -19,23 +19,27 @@ create or replace trigger stall before insert on state for each row execute func
 
 
 @asynccontextmanager
-async def stalled(admin: asyncpg.Connection, keys: str = "%") -> AsyncIterator[None]:
-    """Let writes of keys that are like this stand still until the end of the block."""
-    await admin.execute(_TRIGGER)
-    await admin.execute("insert into stalling values ($1)", keys)
+async def stalled(admin: asyncpg.Connection) -> AsyncIterator[None]:
+    """Let writes stand still until the end of the block."""
+    await stall(admin)
     yield
     await admin.execute("delete from stalling")
 
 
-async def until_stalled(admin: asyncpg.Connection, calls: int = 1, age: timedelta = timedelta(0)) -> None:
-    """Wait until so many calls stand still, and have been under way for so long."""
+async def stall(admin: asyncpg.Connection) -> None:
+    await admin.execute(_TRIGGER)
+    await admin.execute("insert into stalling values (true)")
+
+
+async def until_stalled(admin: asyncpg.Connection, age: timedelta = timedelta(0)) -> None:
+    """Wait until a call stands still, and has been under way for so long."""
 
     async def is_so() -> bool:
         found = await admin.fetchval(
-            "select count(*) from pg_stat_activity where wait_event = 'PgSleep'"
-            " and datname = current_database() and clock_timestamp() - query_start >= $1",
+            "select exists (select from pg_stat_activity where wait_event = 'PgSleep'"
+            " and datname = current_database() and clock_timestamp() - query_start >= $1)",
             age,
         )
-        return int(found) >= calls
+        return bool(found)
 
     await until(is_so)

@@ -1,6 +1,7 @@
 """The commit function through plain SQL, the layout it writes, and what becomes of a commit when things break."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
@@ -42,6 +43,7 @@ from statecast.errors import (
     StoreUnavailable,
 )
 from statecast.runtime.servers import PrivateServer, ServerKind
+from tests.components.stalling import stall, stalled, until_stalled
 
 HOUR = timedelta(hours=1)
 
@@ -417,6 +419,18 @@ async def test_commits_are_durable_although_the_role_says_otherwise(
         assert await admin.fetchval("show synchronous_commit") == "on"
 
 
+@pytest.mark.parametrize("wait", [True, False])
+async def test_a_call_leaves_the_patience_of_its_transaction_as_it_was(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, wait: bool
+) -> None:
+    async with admin.transaction():
+        await admin.execute("set local lock_timeout = '7s'")
+
+        await call(admin, commit(Upsert("orders||1", b"1")), wait=wait)
+
+        assert await admin.fetchval("show lock_timeout") == "7s"
+
+
 async def test_what_postgresql_cannot_keep_is_an_invalid_request(store: PostgresqlStateStore) -> None:
     for operation in (Upsert("orders||\0", b"1"), Upsert("k" * 500_000, b"1"), Upsert("orders||\ud800", b"1")):
         with pytest.raises(InvalidRequest):
@@ -666,23 +680,18 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 async def test_a_connection_that_breaks_before_the_answer_leaves_the_outcome_unknown_and_the_next_call_works(
-    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+    store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
-    holder = await asyncpg.connect(postgresql_url)
-    transaction = holder.transaction()
-    await transaction.start()
-    await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
-    waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-    await until(lambda: is_waiting_for_a_lock(admin))
+    async with stalled(admin):
+        waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
+        await until_stalled(admin)
 
-    await terminate(admin, "wait_event_type = 'Lock'")
+        await terminate(admin, "wait_event = 'PgSleep'")
 
-    with pytest.raises(OutcomeUnknown):
-        await waiting
-    await transaction.rollback()
+        with pytest.raises(OutcomeUnknown):
+            await waiting
     await store.transact(commit(Upsert("orders||1", b"2")))
     assert await values(admin) == {"orders||1": b"2"}
-    await holder.close()
 
 
 async def test_connections_that_were_cut_while_idle_are_opened_again_without_a_word(
@@ -705,19 +714,15 @@ async def terminate(admin: asyncpg.Connection, which: str) -> None:
 
 
 async def test_a_cancelled_commit_that_was_sent_waits_for_its_outcome_and_keeps_the_connection(
-    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+    store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
-    holder = await asyncpg.connect(postgresql_url)
-    transaction = holder.transaction()
-    await transaction.start()
-    await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
-    waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-    await until(lambda: is_waiting_for_a_lock(admin))
-    backends = await pids(admin)
+    async with stalled(admin):
+        waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
+        await until_stalled(admin)
+        backends = await pids(admin)
 
-    waiting.cancel()
-    done, _ = await asyncio.wait({waiting}, timeout=0.1)
-    await transaction.rollback()
+        waiting.cancel()
+        done, _ = await asyncio.wait({waiting}, timeout=0.1)
 
     assert not done
     with pytest.raises(asyncio.CancelledError):
@@ -725,7 +730,6 @@ async def test_a_cancelled_commit_that_was_sent_waits_for_its_outcome_and_keeps_
     assert await values(admin) == {"orders||1": b"1"}
     await store.get("orders||1")
     assert await pids(admin) == backends
-    await holder.close()
 
 
 async def pids(admin: asyncpg.Connection) -> set[int]:
@@ -756,12 +760,10 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
     server = private_server(ServerKind.POSTGRESQL)
     async with store_on(server.address, timeout="1s") as store:
         await store.transact(commit(Upsert("orders||1", b"0")))
-        admin, holder = await asyncpg.connect(server.address), await asyncpg.connect(server.address)
-        transaction = holder.transaction()
-        await transaction.start()
-        await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
+        admin = await asyncpg.connect(server.address)
+        await stall(admin)
         waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-        await until(lambda: is_waiting_for_a_lock(admin))
+        await until_stalled(admin)
 
         await asyncio.to_thread(server.kill if way == "killed" else server.freeze)
         with pytest.raises(OutcomeUnknown):
@@ -770,7 +772,6 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
             await store.get("orders||1")
         await asyncio.to_thread(server.restart if way == "killed" else server.thaw)
         admin.terminate()
-        holder.terminate()
 
         async def is_back() -> bool:
             try:
@@ -781,7 +782,7 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
         await until(is_back)
 
 
-async def test_a_commit_that_waits_too_long_for_a_lock_is_ended_by_the_server_and_was_not_applied(
+async def test_a_commit_that_waits_too_long_for_a_lock_is_given_up_and_was_not_applied(
     postgresql_url: str, admin: asyncpg.Connection
 ) -> None:
     async with store_on(postgresql_url, timeout="1s") as store:
@@ -803,6 +804,37 @@ async def test_a_commit_larger_than_the_lock_table_is_applied_beside_small_ones(
     await asyncio.gather(store.transact(many), *(store.transact(each) for each in few), store.transact(many))
 
     assert len(await values(admin)) == 5_000
+
+
+async def test_a_commit_for_whose_locks_the_server_has_no_room_is_applied_when_there_is_some(
+    private_server: Callable[[ServerKind], PrivateServer],
+) -> None:
+    server = private_server(ServerKind.POSTGRESQL)
+    user = await asyncpg.connect(server.address)
+    async with store_on(server.address) as store:
+        await store.transact(commit(Upsert("orders||1", b"0")))
+        transaction = user.transaction()
+        await transaction.start()
+        await fill_lock_table(user)
+        waiting = asyncio.create_task(store.transact(commit(*(Upsert(f"orders||{n}", b"1") for n in range(100)))))
+        done, _ = await asyncio.wait({waiting}, timeout=0.2)
+
+        await transaction.rollback()
+
+        assert not done
+        await waiting
+    await user.close()
+
+
+async def fill_lock_table(user: asyncpg.Connection) -> None:
+    await user.execute("create temporary sequence number")
+    for count in (1_000, 30, 1):
+        with contextlib.suppress(asyncpg.OutOfMemoryError):
+            while True:
+                async with user.transaction():
+                    await user.execute(
+                        "select pg_advisory_xact_lock(nextval('number')) from generate_series(1, $1)", count
+                    )
 
 
 def test_etags_are_uuids_as_dapr_writes_them() -> None:
