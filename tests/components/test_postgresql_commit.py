@@ -5,6 +5,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
+from hashlib import blake2b
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
@@ -30,7 +31,13 @@ from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
 from statecast.components.state.postgresql.config import QualifiedName
 from statecast.components.state.postgresql.migration import pending_statements
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS, Layout
+from statecast.components.state.postgresql.schema import (
+    COMMIT_ARGUMENTS,
+    COMMIT_PARAMETERS,
+    COMMIT_REVISION,
+    Layout,
+    commit_statement,
+)
 from statecast.components.testing.deadline import until
 from statecast.errors import (
     ComponentError,
@@ -668,6 +675,31 @@ async def test_a_database_of_the_first_level_is_brought_up_to_date_with_what_is_
     assert await admin.fetchval("select value from dapr_metadata where key = 'migrations-statecast-'") == "2"
     async with store_on(postgresql_url) as store:
         assert (await store.log.deferred(range(16))) == [key]
+
+
+@pytest.mark.parametrize(("comment", "is_kept"), [("", False), ("-- revision 0", False), ("-- revision 99", True)])
+async def test_the_function_is_replaced_by_a_newer_one_and_by_no_older_one(
+    postgresql_url: str, admin: asyncpg.Connection, comment: str, is_kept: bool
+) -> None:
+    async with store_on(postgresql_url):
+        pass
+    await admin.execute(
+        f"create or replace function statecast_commit_1_v1({', '.join(COMMIT_PARAMETERS)})"
+        f" returns text[] language plpgsql as $$ {comment}\n begin return array['fenced 1']; end $$"
+    )
+
+    async with store_on(postgresql_url):
+        pass
+
+    source = await admin.fetchval("select prosrc from pg_proc where proname = 'statecast_commit_1_v1'")
+    assert ("array['fenced 1']" in source) is is_kept
+
+
+def test_a_function_that_was_changed_has_a_new_revision() -> None:
+    """Else it would not come to databases that have the one before: count COMMIT_REVISION up, and note the digest."""
+    statement = commit_statement(Layout("public", "", QualifiedName("public", "dapr_metadata")), 1, "orders")
+
+    assert (COMMIT_REVISION, blake2b(statement.encode(), digest_size=8).hexdigest()) == (1, "e97310f1cfa1cd39")
 
 
 # When things break

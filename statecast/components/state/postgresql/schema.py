@@ -19,6 +19,10 @@ PARTITIONS = 4
 PARTITION_BITS = 17
 """A partition takes 2**17 consecutive ids before the next one's turn comes."""
 
+COMMIT_REVISION = 1
+"""The number of the commit function's body. A change that its callers need not know of counts it up, so that databases
+get it; one that they must know of makes a new version of the function."""
+
 MOST_LOCKS = 256
 """A call with more keys and marks than this has no other beside it, in no process."""
 
@@ -300,6 +304,7 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
 create or replace function {layout.commit(log)}(
   {parameters}
 ) returns text[] language plpgsql as $function$
+-- revision {COMMIT_REVISION}
 declare
   refusal text[] := array_fill(null::text, array[n]);
   guards constant integer := coalesce(cardinality(g_commit), 0);
