@@ -1,9 +1,11 @@
 """The commit function through plain SQL, the layout it writes, and what becomes of a commit when things break."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
+from hashlib import blake2b
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -26,7 +28,14 @@ from statecast.components.state.commit import (
 from statecast.components.state.log import Deferral, DeferredQueue, Failure, QueueProgress
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, COMMIT_PARAMETERS
+from statecast.components.state.postgresql.config import QualifiedName
+from statecast.components.state.postgresql.schema import (
+    COMMIT_ARGUMENTS,
+    COMMIT_PARAMETERS,
+    COMMIT_REVISION,
+    Layout,
+    commit_statement,
+)
 from statecast.components.testing.deadline import until
 from statecast.errors import (
     Duplicate,
@@ -34,9 +43,11 @@ from statecast.errors import (
     Fenced,
     InvalidRequest,
     OutcomeUnknown,
+    StatecastError,
     StoreUnavailable,
 )
 from statecast.runtime.servers import PrivateServer, ServerKind
+from tests.components.stalling import stall, stalled, until_stalled
 
 HOUR = timedelta(hours=1)
 
@@ -224,14 +235,59 @@ async def test_a_refused_commit_of_a_call_leaves_nothing_and_its_neighbours_are_
         Commit((Upsert("orders||6", b"x"),), guards=(Guard("Cart", "2", str(uuid4())),)),
     )
 
-    assert [type(outcome) for outcome in outcomes] == [Applied, Refused, Refused, Refused, Applied, Busy]
+    assert [type(outcome) for outcome in outcomes] == [Applied, Refused, Refused, Refused, Applied, Refused]
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, Refused)]
-    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch]
+    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch, Fenced]
     assert await values(admin) == {"orders||old": b"0", "orders||1": b"1", "orders||5": b"5"}
     assert await events(admin) == ["good-1"]
     digests = {row["digest"] for row in await admin.fetch("select digest from statecast_mark")}
     assert digests == {mark(1).digest, mark(3).digest}
     assert await admin.fetchval("select commit_seq from statecast_claim") == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_of_several_rules_that_are_broken_the_first_is_told(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, wait: bool
+) -> None:
+    """Marks before guards before conditions; marks as the commit has them, the other two as they are sorted."""
+    await store.transact(commit(marks=[mark(1), mark(2)]))
+    guards = tuple([await store.directory.claim("Cart", name) for name in "abc"])
+    for guard in guards[1:]:
+        await store.directory.claim("Cart", guard.id)
+    conditions = tuple(Upsert(f"orders||{name}", b"x", etag=ETag("stale")) for name in "dcba")
+
+    async def refusal(change: Commit) -> StatecastError:
+        (outcome,) = await call(admin, change, wait=wait)
+        assert isinstance(outcome, Refused)
+        return outcome.error
+
+    broken_condition = await refusal(Commit((Upsert("orders||0", b"x"), *conditions)))
+    lost_claim = await refusal(Commit(conditions, guards=guards[::-1]))
+    set_mark = await refusal(Commit(conditions, marks=(mark(3), mark(2), mark(1)), guards=guards))
+
+    assert isinstance(broken_condition, ETagMismatch)
+    assert broken_condition.key == "orders||a"
+    assert isinstance(lost_claim, Fenced)
+    assert lost_claim.id == "b"
+    assert isinstance(set_mark, Duplicate)
+    assert set_mark.digest == mark(2).digest
+
+
+async def test_a_call_without_waiting_tells_a_mark_that_is_set_although_all_else_is_held(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    guard = await store.directory.claim("Cart", "1")
+    once = Commit((Upsert("orders||1", b"1"),), marks=(mark(1),), guards=(guard,))
+    await store.transact(once)
+    holder = await asyncpg.connect(postgresql_url)
+    async with holder.transaction():
+        await call(holder, Commit((Upsert("orders||1", b"held"),), guards=(guard,)), wait=True)
+
+        (outcome,) = await call(admin, once)
+
+    assert isinstance(outcome, Refused)
+    assert isinstance(outcome.error, Duplicate)
+    await holder.close()
 
 
 @pytest.mark.parametrize("held", ["present key", "absent key", "mark", "claim"])
@@ -369,6 +425,18 @@ async def test_commits_are_durable_although_the_role_says_otherwise(
         assert await admin.fetchval("show synchronous_commit") == "on"
 
 
+@pytest.mark.parametrize("wait", [True, False])
+async def test_a_call_leaves_the_patience_of_its_transaction_as_it_was(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, wait: bool
+) -> None:
+    async with admin.transaction():
+        await admin.execute("set local lock_timeout = '7s'")
+
+        await call(admin, commit(Upsert("orders||1", b"1")), wait=wait)
+
+        assert await admin.fetchval("show lock_timeout") == "7s"
+
+
 async def test_what_postgresql_cannot_keep_is_an_invalid_request(store: PostgresqlStateStore) -> None:
     for operation in (Upsert("orders||\0", b"1"), Upsert("k" * 500_000, b"1"), Upsert("orders||\ud800", b"1")):
         with pytest.raises(InvalidRequest):
@@ -382,6 +450,27 @@ async def test_what_postgresql_cannot_keep_is_an_invalid_request(store: Postgres
 
 
 # Deadlocks
+
+
+async def test_keys_are_locked_in_the_order_of_their_hashes_so_that_those_that_share_some_do_not_cross(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    """Of two pairs of keys with crossed hashes the order of the keys makes a deadlock."""
+    first, last = "orders||2", "orders||1"
+    assert await admin.fetchval("select hashtext($1) < hashtext($2)", first, last)
+    holder = await asyncpg.connect(postgresql_url)
+    transaction = holder.transaction()
+    await transaction.start()
+    await call(holder, commit(Upsert(first, b"held")), wait=True)
+
+    waiting = asyncio.create_task(store.transact(commit(Upsert(first, b"1"), Upsert(last, b"1"))))
+    await until(lambda: is_waiting_for_a_lock(admin))
+    (outcome,) = await call(admin, commit(Upsert(last, b"free")))
+
+    assert isinstance(outcome, Applied)
+    await transaction.rollback()
+    await waiting
+    await holder.close()
 
 
 async def test_commits_sweeps_and_expiring_keys_do_not_lock_each_other_out(
@@ -578,6 +667,31 @@ async def test_what_a_database_of_the_second_level_has_aside_waits_by_topic_afte
     assert emptied == [status.queue for status in found]
 
 
+@pytest.mark.parametrize(("comment", "is_kept"), [("", False), ("-- revision 0", False), ("-- revision 99", True)])
+async def test_the_function_is_replaced_by_a_newer_one_and_by_no_older_one(
+    postgresql_url: str, admin: asyncpg.Connection, comment: str, is_kept: bool
+) -> None:
+    async with store_on(postgresql_url):
+        pass
+    await admin.execute(
+        f"create or replace function statecast_commit_1_v1({', '.join(COMMIT_PARAMETERS)})"
+        f" returns text[] language plpgsql as $$ {comment}\n begin return array['fenced 1']; end $$"
+    )
+
+    async with store_on(postgresql_url):
+        pass
+
+    source = await admin.fetchval("select prosrc from pg_proc where proname = 'statecast_commit_1_v1'")
+    assert ("array['fenced 1']" in source) is is_kept
+
+
+def test_a_function_that_was_changed_has_a_new_revision() -> None:
+    """Else it would not come to databases that have the one before: count COMMIT_REVISION up, and note the digest."""
+    statement = commit_statement(Layout("public", "", QualifiedName("public", "dapr_metadata")), 1, "orders")
+
+    assert (COMMIT_REVISION, blake2b(statement.encode(), digest_size=8).hexdigest()) == (1, "e97310f1cfa1cd39")
+
+
 # When things break
 
 
@@ -588,23 +702,18 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 async def test_a_connection_that_breaks_before_the_answer_leaves_the_outcome_unknown_and_the_next_call_works(
-    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+    store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
-    holder = await asyncpg.connect(postgresql_url)
-    transaction = holder.transaction()
-    await transaction.start()
-    await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
-    waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-    await until(lambda: is_waiting_for_a_lock(admin))
+    async with stalled(admin):
+        waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
+        await until_stalled(admin)
 
-    await terminate(admin, "wait_event_type = 'Lock'")
+        await terminate(admin, "wait_event = 'PgSleep'")
 
-    with pytest.raises(OutcomeUnknown):
-        await waiting
-    await transaction.rollback()
+        with pytest.raises(OutcomeUnknown):
+            await waiting
     await store.transact(commit(Upsert("orders||1", b"2")))
     assert await values(admin) == {"orders||1": b"2"}
-    await holder.close()
 
 
 async def test_connections_that_were_cut_while_idle_are_opened_again_without_a_word(
@@ -627,19 +736,15 @@ async def terminate(admin: asyncpg.Connection, which: str) -> None:
 
 
 async def test_a_cancelled_commit_that_was_sent_waits_for_its_outcome_and_keeps_the_connection(
-    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+    store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
-    holder = await asyncpg.connect(postgresql_url)
-    transaction = holder.transaction()
-    await transaction.start()
-    await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
-    waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-    await until(lambda: is_waiting_for_a_lock(admin))
-    backends = await pids(admin)
+    async with stalled(admin):
+        waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
+        await until_stalled(admin)
+        backends = await pids(admin)
 
-    waiting.cancel()
-    done, _ = await asyncio.wait({waiting}, timeout=0.1)
-    await transaction.rollback()
+        waiting.cancel()
+        done, _ = await asyncio.wait({waiting}, timeout=0.1)
 
     assert not done
     with pytest.raises(asyncio.CancelledError):
@@ -647,7 +752,6 @@ async def test_a_cancelled_commit_that_was_sent_waits_for_its_outcome_and_keeps_
     assert await values(admin) == {"orders||1": b"1"}
     await store.get("orders||1")
     assert await pids(admin) == backends
-    await holder.close()
 
 
 async def pids(admin: asyncpg.Connection) -> set[int]:
@@ -678,12 +782,10 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
     server = private_server(ServerKind.POSTGRESQL)
     async with store_on(server.address, timeout="1s") as store:
         await store.transact(commit(Upsert("orders||1", b"0")))
-        admin, holder = await asyncpg.connect(server.address), await asyncpg.connect(server.address)
-        transaction = holder.transaction()
-        await transaction.start()
-        await call(holder, commit(Upsert("orders||1", b"held")), wait=True)
+        admin = await asyncpg.connect(server.address)
+        await stall(admin)
         waiting = asyncio.create_task(store.transact(commit(Upsert("orders||1", b"1"))))
-        await until(lambda: is_waiting_for_a_lock(admin))
+        await until_stalled(admin)
 
         await asyncio.to_thread(server.kill if way == "killed" else server.freeze)
         with pytest.raises(OutcomeUnknown):
@@ -692,7 +794,6 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
             await store.get("orders||1")
         await asyncio.to_thread(server.restart if way == "killed" else server.thaw)
         admin.terminate()
-        holder.terminate()
 
         async def is_back() -> bool:
             try:
@@ -703,7 +804,7 @@ async def test_a_commit_to_a_server_that_stops_answering_is_unknown_and_a_new_st
         await until(is_back)
 
 
-async def test_a_commit_that_waits_too_long_for_a_lock_is_ended_by_the_server_and_was_not_applied(
+async def test_a_commit_that_waits_too_long_for_a_lock_is_given_up_and_was_not_applied(
     postgresql_url: str, admin: asyncpg.Connection
 ) -> None:
     async with store_on(postgresql_url, timeout="1s") as store:
@@ -725,6 +826,37 @@ async def test_a_commit_larger_than_the_lock_table_is_applied_beside_small_ones(
     await asyncio.gather(store.transact(many), *(store.transact(each) for each in few), store.transact(many))
 
     assert len(await values(admin)) == 5_000
+
+
+async def test_a_commit_for_whose_locks_the_server_has_no_room_is_applied_when_there_is_some(
+    private_server: Callable[[ServerKind], PrivateServer],
+) -> None:
+    server = private_server(ServerKind.POSTGRESQL)
+    user = await asyncpg.connect(server.address)
+    async with store_on(server.address) as store:
+        await store.transact(commit(Upsert("orders||1", b"0")))
+        transaction = user.transaction()
+        await transaction.start()
+        await fill_lock_table(user)
+        waiting = asyncio.create_task(store.transact(commit(*(Upsert(f"orders||{n}", b"1") for n in range(100)))))
+        done, _ = await asyncio.wait({waiting}, timeout=0.2)
+
+        await transaction.rollback()
+
+        assert not done
+        await waiting
+    await user.close()
+
+
+async def fill_lock_table(user: asyncpg.Connection) -> None:
+    await user.execute("create temporary sequence number")
+    for count in (1_000, 30, 1):
+        with contextlib.suppress(asyncpg.OutOfMemoryError):
+            while True:
+                async with user.transaction():
+                    await user.execute(
+                        "select pg_advisory_xact_lock(nextval('number')) from generate_series(1, $1)", count
+                    )
 
 
 def test_etags_are_uuids_as_dapr_writes_them() -> None:

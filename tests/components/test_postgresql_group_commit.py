@@ -37,6 +37,7 @@ from statecast.errors import (
     StatecastError,
     StoreUnavailable,
 )
+from tests.components.stalling import stalled, until_stalled
 
 HOUR = timedelta(hours=1)
 CALLS_AT_ONCE = 3
@@ -177,10 +178,25 @@ async def test_commits_of_one_key_keep_the_order_in_which_they_were_submitted(
         assert await admin.fetchval("select value from state where key = $1", key) == b"%d" % numbers[-1]
 
 
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_those_behind_a_commit_go_on_although_it_has_nothing_left_to_give_back_at_its_end(
+    postgresql_url: str, admin: asyncpg.Connection, connections: str
+) -> None:
+    """A call that takes long frees its slot meanwhile, and where there is one connection it has no place."""
+    long = timedelta(milliseconds=100)
+    async with store_on(postgresql_url, maxConns=connections, timeout="5s") as store:
+        async with stalled(admin):
+            tasks = start(store, [write("orders||slow", number) for number in range(3)])
+            await until_stalled(admin, age=long)
+        await asyncio.gather(*tasks)
+
+    assert await event_ids(admin) == [f"orders||slow#{number}" for number in range(3)]
+
+
 async def test_large_commits_go_with_as_few_others_as_the_locks_allow(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
-    """More than a thousand keys in a call would make all of it busy, and each commit go by itself."""
+    """A call with more than 256 keys would be alone, in all processes."""
     commits = [
         Commit(tuple(Upsert(f"orders||{number}-{part}", b"1") for part in range(90)), (event(f"{number}", 0),))
         for number in range(40)
@@ -188,7 +204,7 @@ async def test_large_commits_go_with_as_few_others_as_the_locks_allow(
 
     assert not [answer for answer in await answers(store, commits) if isinstance(answer, BaseException)]
 
-    assert await calls(admin) == 4
+    assert await calls(admin) == 20
 
 
 # Each its own outcome
@@ -222,6 +238,25 @@ async def test_a_commit_that_is_refused_leaves_its_neighbours(
     assert await keys(admin) == {"orders||old", *good}
     assert sorted(await event_ids(admin)) == sorted(f"{key}#0" for key in good)
     assert await calls(admin) == CALLS_AT_ONCE
+
+
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_a_lost_claim_and_a_set_mark_are_told_at_once_however_few_connections_there_are(
+    postgresql_url: str, admin: asyncpg.Connection, connections: str
+) -> None:
+    async with store_on(postgresql_url, maxConns=connections) as store:
+        guard = await store.directory.claim("Cart", "1")
+        guarded = Commit((Upsert("orders||1", b"1"),), (event("orders||1", 1),), guards=(guard,))
+        once = Commit((Upsert("orders||2", b"1"),), (event("orders||2", 1),), (Mark(b"m" * 16, HOUR),), (guard,))
+        await store.transact(once)
+        await store.directory.claim("Cart", "1")
+
+        alone = [*await answers(store, [guarded]), *await answers(store, [once])]
+        together = await answers(store, [guarded, write("orders||3"), once])
+
+    assert [type(answer) for answer in alone] == [Fenced, Duplicate]
+    assert [type(answer) for answer in together] == [Fenced, tuple, Duplicate]
+    assert await event_ids(admin) == ["orders||2#1", "orders||3#0"]
 
 
 async def test_a_batch_that_was_rolled_back_for_one_commit_is_run_one_by_one_and_each_once(
@@ -353,32 +388,106 @@ async def test_a_commit_that_had_no_turn_in_its_time_is_unavailable_and_not_appl
         assert await event_ids(admin, key) == [f"{key}#0", f"{key}#9"]
 
 
+@pytest.mark.parametrize("connections", ["1", "3", "8"])
+async def test_keys_that_another_transaction_has_made_and_not_committed_hold_up_their_own_commits_alone(
+    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection, connections: str
+) -> None:
+    """There is no row yet that a call could pass by: it finds out by waiting, and its neighbours with it."""
+    taken = [f"orders||held-{number}" for number in range(5)]
+    async with store_on(postgresql_url, maxConns=connections) as store:
+        async with held(user, taken):
+            waiting = start(store, [write(key, number) for key in taken for number in (0, 1)])
+
+            done = await answers(store, [write(f"orders||{number % 30}", number) for number in range(90)])
+
+            assert not [answer for answer in done if isinstance(answer, BaseException)]
+            assert not [task for task in waiting if task.done()]
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.gather(*waiting)
+
+    for key in taken:
+        assert await event_ids(admin, key) == [f"{key}#0", f"{key}#1"]
+
+
+async def test_a_large_commit_is_applied_beside_a_held_key_and_holds_nobody_up(
+    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection
+) -> None:
+    """It has to be alone, and whoever waits for the held key is in its way."""
+    many = Commit(tuple(Upsert(f"orders||{number}", b"1") for number in range(1_500)))
+    async with store_on(postgresql_url) as store, store_on(postgresql_url) as other:
+        await store.transact(write("orders||held"))
+        async with held(user, ["orders||held"]):
+            waiting = start(store, [write("orders||held", 1)])
+            await until_waiting(admin, 1)
+
+            done = await answers(store, [many]) + await answers(other, [write(f"orders||{n}") for n in range(10)])
+
+            assert not [answer for answer in done if isinstance(answer, BaseException)]
+            assert not waiting[0].done()
+        await waiting[0]
+
+
+async def test_a_large_commit_whose_key_is_held_lets_others_go_on_until_it_is_free(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, user: asyncpg.Connection
+) -> None:
+    many = Commit(tuple(Upsert(f"orders||many-{number}", b"1") for number in range(1_000)))
+    await store.transact(write("orders||many-500"))
+    async with held(user, ["orders||many-500"]):
+        waiting = start(store, [many])
+        for number in range(50):
+            await store.transact(write(f"orders||{number}"))
+
+        assert not waiting[0].done()
+    await waiting[0]
+
+    assert len(await keys(admin)) == 1_050
+
+
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_every_caller_is_answered_in_time_though_a_key_is_held_for_ever(
+    postgresql_url: str, user: asyncpg.Connection, connections: str
+) -> None:
+    """Alone, a busy commit is mostly under way when one looks at the clock."""
+    async with store_on(postgresql_url, maxConns=connections, timeout="1s") as store:
+        await store.transact(write("orders||held"))
+        async with held(user, ["orders||held"]):
+            for number in range(3):
+                (alone,) = await answers(store, [write("orders||held", number)])
+                assert isinstance(alone, StoreUnavailable)
+            together = await answers(store, [write("orders||held", number) for number in range(3)])
+
+    assert [type(answer) for answer in together] == [StoreUnavailable] * 3
+
+
+async def test_a_commit_that_stood_aside_has_no_more_time_than_others(
+    postgresql_url: str, user: asyncpg.Connection
+) -> None:
+    """It fails when a last call may take as long as a first one (tried): the answers come after twice the time."""
+    taken = [f"orders||{number}" for number in range(30)]
+    async with store_on(postgresql_url, timeout="2s") as store:
+        await answers(store, [write(key) for key in taken])
+        async with held(user, taken), asyncio.timeout(3):
+            outcomes = await answers(store, [write(key, 1) for key in taken])
+
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+
+
 # Connections that break, callers that go
 
 
-@asynccontextmanager
-async def locked_out(user: asyncpg.Connection) -> AsyncIterator[None]:
-    """Make every call wait, batches too, by holding the table as a migration would."""
-    transaction = user.transaction()
-    await transaction.start()
-    await user.execute("lock table state in access exclusive mode")
-    yield
-    await transaction.rollback()
-
-
 async def test_a_connection_that_breaks_leaves_the_outcome_of_all_it_carried_unknown_and_that_of_no_other(
-    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection
+    postgresql_url: str, admin: asyncpg.Connection
 ) -> None:
     async with store_on(postgresql_url, maxConns="3") as store:
-        async with locked_out(user):
+        async with stalled(admin):
             sent = start(store, [write(f"orders||{number}") for number in range(30)])
-            await until_waiting(admin, 1)
+            await until_stalled(admin)
             queued = start(store, [write(f"orders||{number}", 1) for number in range(30)])
             await asyncio.sleep(0)
 
             await admin.execute(
                 "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
-                " where wait_event_type = 'Lock' and datname = current_database()"
+                " where wait_event = 'PgSleep' and datname = current_database()"
             )
             outcomes = await asyncio.gather(*sent, return_exceptions=True)
 
@@ -389,12 +498,12 @@ async def test_a_connection_that_breaks_leaves_the_outcome_of_all_it_carried_unk
 
 
 async def test_a_cancelled_commit_of_a_batch_waits_for_its_outcome_and_a_queued_one_is_withdrawn(
-    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection
+    postgresql_url: str, admin: asyncpg.Connection
 ) -> None:
     async with store_on(postgresql_url, maxConns="3") as store:
-        async with locked_out(user):
+        async with stalled(admin):
             sent = start(store, [write(f"orders||{number}") for number in range(5)])
-            await until_waiting(admin, 1)
+            await until_stalled(admin)
             queued = start(store, [write(f"orders||{number}", 1) for number in range(5)])
             await asyncio.sleep(0)
 
@@ -435,6 +544,23 @@ async def test_a_cancelled_commit_that_is_busy_is_withdrawn_and_those_behind_it_
         assert await event_ids(admin, key) == [f"{key}#0", f"{key}#1", f"{key}#2"]
 
 
+@pytest.mark.parametrize("connections", ["1", "2", "3"])
+async def test_a_cancelled_commit_that_waits_for_a_held_key_lets_those_behind_it_go_on(
+    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection, connections: str
+) -> None:
+    async with store_on(postgresql_url, maxConns=connections) as store:
+        await store.transact(write("orders||held"))
+        async with held(user, ["orders||held"]):
+            gone, *behind = start(store, [write("orders||held", number) for number in (1, 2, 3)])
+            await store.transact(write("orders||other"))
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+        await asyncio.gather(*behind)
+
+    assert await event_ids(admin, "orders||held") == [f"orders||held#{number}" for number in (0, 2, 3)]
+
+
 async def test_callers_that_come_and_go_leave_what_was_applied_once_and_the_queue_empty(
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
@@ -465,16 +591,17 @@ async def test_callers_that_come_and_go_leave_what_was_applied_once_and_the_queu
         assert numbers == sorted(numbers)
 
 
+@pytest.mark.parametrize("connections", ["1", "2", "3", "8"])
 async def test_closing_answers_everyone_and_says_of_nothing_applied_that_it_was_not(
-    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection
+    postgresql_url: str, admin: asyncpg.Connection, user: asyncpg.Connection, connections: str
 ) -> None:
-    async with store_on(postgresql_url) as store:
+    async with store_on(postgresql_url, maxConns=connections) as store:
         await store.transact(write("orders||held"))
         holding = held(user, ["orders||held"])
         await holding.__aenter__()
         commits = [write(f"orders||{number % 50}", number) for number in range(300)]
         tasks = start(store, [write("orders||held", 1), write("orders||held", 2), *commits])
-        await until_waiting(admin, 1)
+        await tasks[2]
         tasks += start(store, [write(f"orders||late-{number}") for number in range(200)])
         await asyncio.sleep(0)
     await holding.__aexit__(None, None, None)

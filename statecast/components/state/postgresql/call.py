@@ -231,7 +231,7 @@ def collapsed_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], t
 def _mark_rows(marks: Sequence[Mark], etags: Sequence[ETag | None]) -> list[_MarkRow]:
     remembered = orjson.dumps(etags).decode()
     lives = {mark.digest: mark.ttl for mark in marks}
-    return [(digest, _seconds(ttl), remembered) for digest, ttl in sorted(lives.items())]
+    return [(digest, _seconds(ttl), remembered) for digest, ttl in lives.items()]
 
 
 def _record_row(record: OutboxRecord, slices: int) -> _RecordRow:
@@ -263,8 +263,8 @@ def _unless_empty(column: Sequence[T | None]) -> Sequence[T | None] | None:
 def _expected(etag: str | None, *, absent: bool) -> str | None:
     if not etag:
         return "" if absent else None
-    # PostgreSQL takes no NUL in a text; such an etag can be no one's, and neither can this word.
-    return "malformed" if "\0" in etag else etag
+    # PostgreSQL takes no NUL and no lone surrogate in a text; such an etag can be no one's, and neither can this word.
+    return etag if etag.isascii() and "\0" not in etag else "malformed"
 
 
 def _seconds(ttl: timedelta) -> float:

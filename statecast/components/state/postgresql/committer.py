@@ -1,8 +1,8 @@
 """Commits that wait together go together: several in one call of the commit function, which costs little more than one.
 
-A batch never waits for a lock: what is busy in it runs alone afterwards, waiting, and its neighbours are done. Each
-commit has its own outcome. Commits with a key, mark or claim in common never run at the same time, and keep the order
-in which they were submitted.
+A batch waits for no lock: what is busy in it runs alone afterwards, waiting, and its neighbours are done. Nobody waits
+for long at a time (docs/decisions/0010-nobody-waits-long-for-a-lock.md). Each commit has its own outcome. Commits with
+a key, mark or claim in common never run at the same time, and keep the order in which they were submitted.
 """
 
 import asyncio
@@ -19,13 +19,17 @@ from statecast.components.state.postgresql.call import Applied, Busy, CommitCall
 from statecast.components.state.postgresql.failures import Contended
 from statecast.components.state.postgresql.lanes import Lanes, Session
 from statecast.components.state.postgresql.queue import CommitQueue, Limits, take_batch
+from statecast.components.state.postgresql.schema import MOST_LOCKS
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import InvalidRequest, OutcomeUnknown, StatecastError, StoreUnavailable
 
-_TRIES: Final = 10
-_LONGEST_PAUSE_SECONDS: Final = 0.2
 _SLOT_SECONDS: Final = 0.05
 _LOOK_SECONDS: Final = 0.05
+_PAUSE_SECONDS: Final = 0.01
+# All others wait while a large commit tries to be alone, so it tries seldom.
+_LARGE_PAUSE_SECONDS: Final = 1.0
+# A call that began in the last part of a commit's time might not be answered by its end.
+_LAST_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class CommitterOptions:
         """Choose for so many connections, some of which are left for reads; without `groups` all commits go alone."""
         running = max(1, connections - 2)
         spared = min(3, running - 1)
-        limits = Limits(commits=128 if groups else 1, members=1_000, weight=1_000_000)
+        limits = Limits(commits=128 if groups else 1, members=MOST_LOCKS, weight=1_000_000)
         # With one connection nobody may wait at it for another transaction.
         places = running - spared if connections > 1 else 0
         return cls(limits, slots=max(1, spared) if groups else running, places=places)
@@ -50,7 +54,7 @@ class CommitterOptions:
 class _Waiting:
     """One commit with its caller; compared by identity."""
 
-    __slots__ = ("ahead", "answer", "deadline", "is_finished", "is_sent", "prepared", "settled")
+    __slots__ = ("ahead", "answer", "deadline", "is_finished", "is_sent", "obstacle", "prepared", "settled")
 
     def __init__(self, prepared: PreparedCommit, deadline: float, answer: "asyncio.Future[tuple[ETag | None, ...]]"):
         self.prepared = prepared
@@ -59,6 +63,7 @@ class _Waiting:
         self.ahead = 0
         self.is_sent = False
         self.is_finished = False
+        self.obstacle = "another transaction holds what it touches"
         self.settled: asyncio.Future[None] | None = None
 
     @property
@@ -73,6 +78,10 @@ class _Waiting:
     def is_withdrawn(self) -> bool:
         """Whether nobody waits for it any more, or it was answered without being tried."""
         return self.answer.done()
+
+    def is_past_trying(self, earliest_answer: float) -> bool:
+        """Whether it is not to be tried any more: nobody waits for it, or the answer would come too late."""
+        return self.is_withdrawn or self.deadline <= earliest_answer
 
     def finish(self, outcome: tuple[ETag | None, ...] | StatecastError) -> None:
         self.is_sent = False
@@ -112,6 +121,7 @@ class Committer:
         self._look: asyncio.TimerHandle | None = None
         self._look_at = 0
         self._running = 0
+        self._is_turn_of_new = False
         self._is_dispatch_due = False
         self._is_open = True
 
@@ -165,11 +175,22 @@ class Committer:
             self._start(batch, _Permits(self, slots=1, places=places))
 
     def _next_batch(self) -> list[_Waiting]:
+        """Take in turn what is to be tried again, which may be much and in vain, and what is new."""
+        self._is_turn_of_new = not self._is_turn_of_new
+        if self._is_turn_of_new:
+            return self._next_new() or self._next_again()
+        return self._next_again() or self._next_new()
+
+    def _next_again(self) -> list[_Waiting]:
         if self._singles:
             return [self._singles.popleft()]
-        if self._look_at > 0 and (batch := take_batch(self._aside, self._limits)):
-            self._look_at -= len(batch)
-            return batch
+        if self._look_at <= 0:
+            return []
+        batch = take_batch(self._aside, self._limits)
+        self._look_at -= len(batch)
+        return batch
+
+    def _next_new(self) -> list[_Waiting]:
         batch = self._queue.next_batch(self._limits.share(len(self._queued) + self._running, self._calls))
         for waiting in batch:
             del self._queued[waiting]
@@ -190,6 +211,8 @@ class Committer:
             for waiting in batch:
                 if not waiting.is_finished:
                     self._finish(waiting, _broken_off(waiting))
+        # Also where nothing was given back: those behind may have become free to go.
+        self._dispatch_soon()
 
     async def _run_together(self, batch: list[_Waiting]) -> None:
         """Run a batch without waiting for locks; what is busy runs alone, its keys held all the time."""
@@ -208,37 +231,34 @@ class Committer:
                 self._tell(waiting, outcome)
 
     async def _run_one(self, waiting: _Waiting, permits: "_Permits") -> None:
-        """Run one commit, waiting for its locks if it has a place, and again where the server undid it for others'
-        sake."""
-        loop = asyncio.get_running_loop()
-        patience = loop.call_later(_SLOT_SECONDS, permits.free_slot)
-        began = loop.time()
-        # One that is too large for the locks of its keys has to have all others wait, or is always busy.
-        waits = permits.has_place or len(waiting.footprint) > self._limits.members
+        """Run one commit, waiting for its locks for a moment if it has a place; what came between it and them may have
+        gone at its next try."""
+        patience = asyncio.get_running_loop().call_later(_SLOT_SECONDS, permits.free_slot)
+        is_large = len(waiting.footprint) > self._limits.members
         try:
-            for attempt in range(1, _TRIES + 1):
-                try:
-                    ((_, outcome),) = await self._call([waiting], wait=waits)
-                except Contended:
-                    if attempt == _TRIES or loop.time() - began > self._lanes.timeout_seconds / 2:
-                        raise
-                    waiting.is_sent = False
-                    await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, 0.002 * 2**attempt)))
-                else:
-                    self._tell(waiting, outcome)
-                    return
+            ((_, outcome),) = await self._call([waiting], wait=permits.has_place or is_large)
+        except Contended as error:
+            waiting.obstacle = str(error)
+            outcome = Busy()
         except StatecastError as error:
-            self._finish(waiting, error)
+            outcome = Refused(error)
         finally:
             patience.cancel()
+        if not isinstance(outcome, Busy):
+            self._tell(waiting, outcome)
+        elif not self._is_over(waiting):
+            permits.give_back()
+            await asyncio.sleep(random.uniform(0.5, 1) * (_LARGE_PAUSE_SECONDS if is_large else _PAUSE_SECONDS))
+            self._stand_aside(waiting)
 
     async def _call(self, batch: Sequence[_Waiting], *, wait: bool) -> list[tuple[_Waiting, Outcome]]:
         """Call the commit function for those of the batch whose callers are still there."""
 
         async def work(session: Session) -> list[tuple[_Waiting, Outcome]]:
-            taken = [waiting for waiting in batch if not waiting.is_withdrawn]
+            earliest = self._earliest_answer()
+            taken = [waiting for waiting in batch if not waiting.is_past_trying(earliest)]
             gone: list[tuple[_Waiting, Outcome]] = [
-                (waiting, Refused(_closed())) for waiting in batch if waiting.is_withdrawn
+                (waiting, Refused(_late(waiting))) for waiting in batch if waiting.is_past_trying(earliest)
             ]
             if not taken:
                 return gone
@@ -250,7 +270,7 @@ class Committer:
             self._waker.ring(call.slices)
             return [*zip(taken, call.outcomes(rows[0][0]), strict=True), *gone]
 
-        return await self._lanes.run(work)
+        return await self._lanes.run(work, deadline=max(waiting.deadline for waiting in batch))
 
     def _tell(self, waiting: _Waiting, outcome: Outcome) -> None:
         match outcome:
@@ -271,6 +291,7 @@ class Committer:
         if self._is_over(waiting):
             return
         self._aside.append(waiting)
+        self._keep_watch_later()
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_again)
 
@@ -294,15 +315,20 @@ class Committer:
     def _keep_watch(self) -> None:
         """Refuse what has not had its turn in time."""
         self._watch = None
-        now = asyncio.get_running_loop().time()
-        for waiting in [waiting for waiting in self._queued if waiting.deadline <= now]:
+        earliest = self._earliest_answer()
+        for waiting in [waiting for waiting in self._queued if waiting.is_past_trying(earliest)]:
             del self._queued[waiting]
-            waiting.finish(_late())
-        for waiting in [waiting for waiting in self._aside if waiting.deadline <= now]:
+            waiting.finish(_late(waiting))
+        for waiting in [waiting for waiting in self._aside if waiting.is_past_trying(earliest)]:
             self._aside.remove(waiting)
-            self._finish(waiting, _late())
+            self._finish(waiting, _late(waiting))
+            self._dispatch_soon()
         if self._queued or self._aside:
             self._keep_watch_later()
+
+    def _earliest_answer(self) -> float:
+        """Tell by when a call that begins now is over, if the server answers at all."""
+        return asyncio.get_running_loop().time() + self._lanes.timeout_seconds * _LAST_SHARE
 
     def permit(self, *, slots: int, places: int) -> None:
         self._slots += slots
@@ -338,8 +364,8 @@ def _closed() -> StoreUnavailable:
     return StoreUnavailable("the store is not open")
 
 
-def _late() -> StoreUnavailable:
-    return StoreUnavailable("the time was up before it was its turn: another transaction holds what it touches")
+def _late(waiting: _Waiting) -> StoreUnavailable:
+    return StoreUnavailable(f"the time was up before it was its turn: {waiting.obstacle}")
 
 
 def _broken_off(waiting: _Waiting) -> StatecastError:

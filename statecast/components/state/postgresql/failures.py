@@ -9,6 +9,7 @@ _TRY_AGAIN = frozenset(
         "40001",  # serialization_failure
         "40P01",  # deadlock_detected
         "55P03",  # lock_not_available
+        "53200",  # out_of_memory: the lock table is full
         "SC001",  # a first write that another program's write came before
         "26000",  # the prepared statement is gone: a pooler between us and the server changed hands
     }

@@ -174,15 +174,15 @@ class Lanes:
         if self._watch is not None:
             self._watch.cancel()
 
-    async def run(self, work: Work[T]) -> T:
-        """Have `work` done on one of the connections.
+    async def run(self, work: Work[T], *, deadline: float | None = None) -> T:
+        """Have `work` done on one of the connections, by `deadline` of the loop's time or in the usual time.
 
         Raises StoreUnavailable, OutcomeUnknown (only where `work` writes) and what `work` raises of our own errors.
         Cancelled before a write was sent, the work is withdrawn; afterwards its outcome is waited for, 2 s at most.
         """
         if not self._is_open:
             raise _closed()
-        job = _Job(work, asyncio.get_running_loop().time() + self._timeout)
+        job = _Job(work, deadline or asyncio.get_running_loop().time() + self._timeout)
         self._submit(job)
         try:
             return await job.answer

@@ -11,6 +11,7 @@ from statecast.components.state.log import DEFAULT_SLICES
 from statecast.components.state.postgresql.config import PostgresqlConfig, QualifiedName
 from statecast.components.state.postgresql.schema import (
     COMMIT_PARAMETERS,
+    COMMIT_REVISION,
     Layout,
     commit_statement,
     log_statements,
@@ -36,13 +37,14 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class _Levels:
-    """What stands in the database: levels of 0 are tables that are not there yet. `next_log` is a number to take."""
+    """What stands in the database: levels of 0 are not there yet. `next_log` is a number to take, `function` the
+    revision of the commit function."""
 
     state: int
     own: int
     log: Log | None
     next_log: int
-    has_function: bool
+    function: int
 
 
 async def find_layout(connection: Connection, config: PostgresqlConfig) -> Layout:
@@ -84,7 +86,8 @@ def _missing(layout: Layout, levels: _Levels, app_id: str, component: str) -> li
     if log is None:
         log = Log(levels.next_log, DEFAULT_SLICES)
         statements += log_statements(layout, log.number, log.slices, app_id, component)
-    if not levels.has_function:
+    # Not where it is newer: two releases beside each other would replace it in turn.
+    if levels.function < COMMIT_REVISION:
         statements.append(commit_statement(layout, log.number, app_id))
     return statements
 
@@ -106,7 +109,7 @@ async def _schema_of(connection: Connection, table: QualifiedName) -> str:
 
 async def _levels(connection: Connection, layout: Layout, app_id: str, component: str) -> _Levels:
     if await connection.fetchval("select to_regclass($1) is null", layout.metadata):
-        return _Levels(state=0, own=0, log=None, next_log=1, has_function=False)
+        return _Levels(state=0, own=0, log=None, next_log=1, function=0)
     rows = await connection.fetch(
         f"select key, value from {layout.metadata} where key = any ($1::text[])",
         [layout.state_level_key, layout.own_level_key],
@@ -114,7 +117,7 @@ async def _levels(connection: Connection, layout: Layout, app_id: str, component
     levels = {row["key"]: int(row["value"]) for row in rows}
     state, own = levels.get(layout.state_level_key, 0), levels.get(layout.own_level_key, 0)
     if own == 0:
-        return _Levels(state, own, log=None, next_log=1, has_function=False)
+        return _Levels(state, own, log=None, next_log=1, function=0)
     row = await connection.fetchrow(
         f"select (select coalesce(max(log), 0) + 1 from {layout.logs}) as next_log,"
         f" (select log from {layout.logs} where app_id = $1 and component = $2) as log,"
@@ -124,13 +127,14 @@ async def _levels(connection: Connection, layout: Layout, app_id: str, component
     )
     assert row is not None
     if row["log"] is None:
-        return _Levels(state, own, log=None, next_log=row["next_log"], has_function=False)
+        return _Levels(state, own, log=None, next_log=row["next_log"], function=0)
     log = Log(row["log"], row["slices"])
-    has_function = await connection.fetchval(
-        "select exists (select from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
-        " where n.nspname = $1 and p.proname = $2 and p.pronargs = $3)",
+    function = await connection.fetchval(
+        "select coalesce(max(substring(p.prosrc from '-- revision ([0-9]+)')::int), 0)"
+        " from pg_proc p join pg_namespace n on n.oid = p.pronamespace"
+        " where n.nspname = $1 and p.proname = $2 and p.pronargs = $3",
         layout.schema,
         layout.commit_name(log.number),
         len(COMMIT_PARAMETERS),
     )
-    return _Levels(state, own, log, row["next_log"], bool(has_function))
+    return _Levels(state, own, log, row["next_log"], function)

@@ -20,6 +20,13 @@ PARTITIONS = 4
 PARTITION_BITS = 17
 """A partition takes 2**17 consecutive ids before the next one's turn comes."""
 
+COMMIT_REVISION = 1
+"""The number of the commit function's body. A change that its callers need not know of counts it up, so that databases
+get it; one that they must know of makes a new version of the function."""
+
+MOST_LOCKS = 256
+"""A call with more keys and marks than this has no other beside it, in no process."""
+
 
 COMMIT_PARAMETERS = (
     *("n integer", "wait boolean"),
@@ -305,24 +312,28 @@ def commit_statement(layout: Layout, log: int, app_id: str) -> str:
     It is given the parts of `n` commits as arrays, each part with the number of its commit (from 1), and answers
     one text for each commit: null for applied, else why nothing of it was: `fenced <i>`, `etag <i>`, `duplicate
     <i> <etags>` with the number of the guard, operation or mark among those of this call, or `busy`. Each commit's
-    guards come sorted by type and id, its operations by the UTF-8 bytes of their key, its marks by digest, its events
-    in their order; no guard, key or mark comes twice; arrays of what there is none of may be null. `o_kind` is
+    guards come sorted by type and id, its operations by the UTF-8 bytes of their key, its marks and events in their
+    order; no guard, key or mark comes twice; arrays of what there is none of may be null. `o_kind` is
     u(psert), d(elete) or c(heck); `o_expected` an etag, `''` for absent, null for no condition. Times to live are
     seconds. `m_etags` is what the mark remembers of its commit's answer, `["<etag>", null]`; a duplicate tells it.
 
-    With `wait` a commit waits for those that hold its claims, keys and marks; without, it is `busy` where it would
-    have to, for then it has neighbours that should not wait with it. A first write that another program's write
-    came before is an error with SQLSTATE SC001, and nothing of the call is applied.
+    The first rule broken is the one that is told: marks come before guards before operations, each in their order.
 
-    Locks are taken in one order everywhere: gate, claims, keys, marks; then come the writes and last the events, whose
-    ids are drawn under the locks of their keys and so are in the order of the commits.
+    With `wait` a commit waits for those that hold its claims, keys and marks; without, it is `busy` where it would
+    have to, for then it has neighbours that should not wait with it. Nobody waits for long: errors with SQLSTATE 55P03
+    ask for another try, as does SC001, a first write that another program's write came before. Nothing of the call is
+    applied then.
+
+    Locks are taken in one order everywhere: gate, marks, claims, keys, those of marks and keys in the order of their
+    hashes, which several may share; then come the writes and last the events, whose ids are drawn under the locks of
+    their keys and so are in the order of the commits.
     """
     parameters = ", ".join(COMMIT_PARAMETERS)
-    gate = f"hashtext({_literal(layout.state)})"
     return f"""
 create or replace function {layout.commit(log)}(
   {parameters}
 ) returns text[] language plpgsql as $function$
+-- revision {COMMIT_REVISION}
 declare
   refusal text[] := array_fill(null::text, array[n]);
   guards constant integer := coalesce(cardinality(g_commit), 0);
@@ -332,34 +343,21 @@ declare
   nothing text;
   found_etag text;
   found_expiry timestamptz;
-  found_etags text;
   part record;
+  hash integer;
   locked text[];
-  locked_marks bytea[];
   is_raced boolean;
-  lock_timeout text;
+  is_large constant boolean := operations + marks > {MOST_LOCKS};
+  lock_timeout constant text := current_setting('lock_timeout');
 begin
   -- As an attribute of the function the setting would end with it, before the commit.
   if current_setting('synchronous_commit') = 'off' then
     nothing := set_config('synchronous_commit', 'on', true);
   end if;
 
-  -- More than {_MOST_KEY_LOCKS} locks of keys might not fit into the server's lock table: a larger commit is alone.
-  -- (Assigning is much cheaper than PERFORM, which runs a query.)
-  if operations > {_MOST_KEY_LOCKS} then
-    if not wait then return array_fill('busy'::text, array[n]); end if;
-    lock_timeout := current_setting('lock_timeout');
-    -- Those behind us wait with us for those before us, so not for long.
-    nothing := set_config('lock_timeout', '{_GATE_PATIENCE}', true);
-    nothing := pg_advisory_xact_lock({_GATES}, {gate});
-    nothing := set_config('lock_timeout', lock_timeout, true);
-  elsif operations > 0 then
-    if wait then
-      nothing := pg_advisory_xact_lock_shared({_GATES}, {gate});
-    elsif not pg_try_advisory_xact_lock_shared({_GATES}, {gate}) then
-      return array_fill('busy'::text, array[n]);
-    end if;
-  end if;
+{_gate(layout)}
+
+{_marks(layout)}
 
   for i in 1 .. guards loop
     continue when refusal[g_commit[i]] is not null;
@@ -371,7 +369,10 @@ begin
         and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i] for update skip locked;
     end if;
     if not found then
-      refusal[g_commit[i]] := case when wait then 'fenced ' || i else 'busy' end;
+      -- A token is given out once: if it stands there still, its row is held, else it will never be there again.
+      perform 1 from {layout.claims} c where c.app_id = {_literal(app_id)}
+        and c.type = g_type[i] and c.id = g_id[i] and c.token = g_token[i];
+      refusal[g_commit[i]] := case when found then 'busy' else 'fenced ' || i end;
     end if;
   end loop;
 
@@ -386,18 +387,77 @@ begin
     update {layout.claims} c set commit_seq = commit_seq + 1
       where c.app_id = {_literal(app_id)} and c.type = g_type[i] and c.id = g_id[i];
   end loop;
+  nothing := set_config('lock_timeout', lock_timeout, true);
   return refusal;
 end
 $function$"""
+
+
+def _gate(layout: Layout) -> str:
+    """The part that lets small commits in beside each other and a large one alone, whose locks might not fit into the
+    server's table: that has 64 for each connection.
+
+    Those that come after a large one wait with it for those before it. So nobody inside waits for long: then all of the
+    call is rolled back, its locks are free, and it comes again.
+    """
+    space = f"{_GATES}, hashtext({_literal(layout.state)})"
+    return f"""\
+  -- (Assigning is much cheaper than PERFORM, which runs a query.)
+  if operations + marks > 0 and not
+    (case when is_large then pg_try_advisory_xact_lock({space}) else pg_try_advisory_xact_lock_shared({space}) end)
+  then
+    begin
+      nothing := set_config('lock_timeout', '{_PATIENCE_AT_GATE}', true);
+      if is_large then
+        nothing := pg_advisory_xact_lock({space});
+      else
+        nothing := pg_advisory_xact_lock_shared({space});
+      end if;
+    exception when lock_not_available then
+      return array_fill('busy'::text, array[n]);
+    end;
+  end if;
+  nothing := set_config('lock_timeout',
+    case when wait and not is_large then '{_PATIENCE_ALONE}' else '{_PATIENCE_TOGETHER}' end, true);"""
+
+
+def _marks(layout: Layout) -> str:
+    """The part that judges marks, before all else: a commit that is repeated must learn that it happened, although it
+    is its own first application that has moved its etags, or its claim was taken over since."""
+    return f"""\
+  if marks > 0 then
+    if wait and not is_large then
+      foreach hash in array array(select hashtext(encode(mark, 'hex')) from unnest(m_digest) as mark order by 1) loop
+        nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hash);
+      end loop;
+    elsif not is_large then
+      for part in
+        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
+        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
+      loop
+        refusal[part.commit] := 'busy';
+      end loop;
+    end if;
+    -- Backwards: the first one of a commit is the one that stays.
+    for part in
+      select m.commit, m.number, t.etags
+      from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
+      join {layout.marks} t on t.digest = m.digest
+      where t.expires_at > clock_timestamp()
+      order by m.number desc
+    loop
+      refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
+    end loop;
+  end if;"""
 
 
 def _alone(layout: Layout, log: int) -> str:
     """The part of the commit function for one commit with few operations, in loops, which waits for every lock."""
     return f"""\
     -- A key that is absent has no row to lock, so every key has a lock of its own.
-    if operations <= {_MOST_KEY_LOCKS} then
-      for i in 1 .. operations loop
-        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hashtext(o_key[i]));
+    if operations > 0 and not is_large and refusal[1] is null then
+      foreach hash in array array(select hashtext(key) from unnest(o_key) as key order by 1) loop
+        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hash);
       end loop;
     end if;
 
@@ -417,18 +477,6 @@ def _alone(layout: Layout, log: int) -> str:
         end if;
       end loop;
     end if;
-
-    -- A mark that is set answers for a commit that is refused for something else too: it is the commit's own first
-    -- application that has moved its etags.
-    for i in 1 .. marks loop
-      nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m_digest[i], 'hex')));
-    end loop;
-    for i in 1 .. marks loop
-      select expires_at, etags into found_expiry, found_etags from {layout.marks} where digest = m_digest[i];
-      if found_expiry > clock_timestamp() then
-        refusal[m_commit[i]] := concat_ws(' ', 'duplicate', i, found_etags);
-      end if;
-    end loop;
 
     -- All is decided; what follows is written for the commits without a refusal.
     for i in 1 .. operations loop
@@ -468,12 +516,14 @@ def _together(layout: Layout, log: int) -> str:
     does not know our locks: it is looked at anew by each commit alone.
     """
     return f"""\
-    for part in
-      select o.commit from unnest(o_commit, o_key) as o(commit, key)
-      where refusal[o.commit] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o.key))
-    loop
-      refusal[part.commit] := 'busy';
-    end loop;
+    if not is_large then
+      for part in
+        select o.commit from unnest(o_commit, o_key) as o(commit, key)
+        where refusal[o.commit] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o.key))
+      loop
+        refusal[part.commit] := 'busy';
+      end loop;
+    end if;
     -- One query locks the rows it can, the next one judges: it sees what is committed when it begins.
     locked := array(
       select s.key from unnest(o_key) as o(key) join {layout.state} s on s.key = o.key for update of s skip locked);
@@ -485,36 +535,11 @@ def _together(layout: Layout, log: int) -> str:
       where s.key is not null and l.key is null
         or o.expected = '' and s.key is not null and (s.expires_at > clock_timestamp()) is not false
         or o.expected <> '' and (s.key is null or s.expires_at <= clock_timestamp() or s.etag::text <> o.expected)
+      order by o.number
     loop
-      continue when refusal[part.commit] = 'busy';
+      continue when refusal[part.commit] is not null;
       refusal[part.commit] := case when part.is_held then 'busy' else 'etag ' || part.number end;
     end loop;
-
-    if marks > 0 then
-      for part in
-        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
-        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
-      loop
-        refusal[part.commit] := 'busy';
-      end loop;
-      locked_marks := array(
-        select t.digest from unnest(m_digest) as m(digest) join {layout.marks} t on t.digest = m.digest
-        for update of t skip locked);
-      for part in
-        select m.commit, m.number, l.digest is null as is_held, t.expires_at > clock_timestamp() as is_set,
-          t.etags
-        from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
-        join {layout.marks} t on t.digest = m.digest
-        left join unnest(locked_marks) as l(digest) on l.digest = m.digest
-      loop
-        continue when refusal[part.commit] = 'busy';
-        if part.is_held then
-          refusal[part.commit] := 'busy';
-        elsif part.is_set then
-          refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
-        end if;
-      end loop;
-    end if;
 
     with written as (
       insert into {layout.state} as t (key, value, etag, expires_at)
@@ -556,8 +581,11 @@ def _together(layout: Layout, log: int) -> str:
 _KEY_LOCKS = 0x5CA57001
 _MARK_LOCKS = 0x5CA57002
 _GATES = 0x5CA57003
-_MOST_KEY_LOCKS = 1_000
-_GATE_PATIENCE = "500ms"
+# Longer than those inside wait for anything: a large commit must get in.
+_PATIENCE_AT_GATE = "500ms"
+_PATIENCE_ALONE = "100ms"
+# Neighbours wait too, or all others where it is a large commit that waits.
+_PATIENCE_TOGETHER = "50ms"
 
 
 def _set_level(layout: Layout, key: str, level: int) -> str:
