@@ -130,7 +130,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
         ttl=st.none() | st.timedeltas(timedelta(0), timedelta.max),
     ),
     st.builds(Delete, keys, etag=etags),
-    st.builds(Check, keys, etag=etags),
+    st.builds(Check, keys, etag=etags.map(lambda etag: etag or None)),
 )
 
 
