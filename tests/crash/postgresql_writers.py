@@ -101,7 +101,7 @@ async def write_late(
                 await asyncio.sleep(random.uniform(0, 0.3))
                 values = await _write(function, connection, random.sample(keys, 2), f"{name}-{attempt}")
                 await asyncio.sleep(random.uniform(0, 0.15))
-            except asyncpg.DeadlockDetectedError:
+            except (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError):
                 values = []
             if values and random.random() < 0.8:
                 await transaction.commit()
