@@ -78,12 +78,12 @@ def _watch_postgresql() -> None:
         with last_deed():
             return await call(self, batch, **options)
 
-    async def run_watched(self: Any, work: Any) -> Any:
+    async def run_watched(self: Any, work: Any, **options: Any) -> Any:
         async def last(connected: Any) -> Any:
             with last_deed():
                 return await work(connected)
 
-        return await run(self, last if _is_last() else work)
+        return await run(self, last if _is_last() else work, **options)
 
     async def write_watched(self: Any, query: str, *arguments: object) -> Any:
         if not (_is_last() and self._prepares):
@@ -104,21 +104,20 @@ def _watch_postgresql() -> None:
 def _watch_redis() -> None:
     pipeline = _module("statecast.components.redis.pipeline").Pipeline
     connection = _module("statecast.components.redis.connection").Connection
-    submit, write = pipeline.submit, connection.write
+    enqueue, write = pipeline.enqueue, connection.write
     last_commands: list[object] = []
 
-    def submit_watched(self: Any, packed: bytes) -> Any:
-        command = submit(self, packed)
+    def enqueue_watched(self: Any, *commands: Any) -> None:
+        enqueue(self, *commands)
         if _is_last():
-            last_commands.append(command)
-        return command
+            last_commands.extend(commands)
 
     def write_watched(self: Any, commands: Any) -> None:
         write(self, commands)
         if _have_common(commands, last_commands):
             kill_this_process()
 
-    pipeline.submit, connection.write = submit_watched, write_watched
+    pipeline.enqueue, connection.write = enqueue_watched, write_watched
 
 
 def _watch_sqlite() -> None:
