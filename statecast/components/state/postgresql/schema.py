@@ -343,6 +343,7 @@ declare
   nothing text;
   found_etag text;
   found_expiry timestamptz;
+  found_etags text;
   part record;
   hash integer;
   locked text[];
@@ -425,20 +426,22 @@ def _marks(layout: Layout) -> str:
     """The part that judges marks, before all else: a commit that is repeated must learn that it happened, although it
     is its own first application that has moved its etags, or its claim was taken over since."""
     return f"""\
-  if marks > 0 then
-    if wait and not is_large then
-      foreach hash in array array(select hashtext(encode(mark, 'hex')) from unnest(m_digest) as mark order by 1) loop
-        nothing := pg_advisory_xact_lock({_MARK_LOCKS}, hash);
-      end loop;
-    elsif not is_large then
-      for part in
-        select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
-        where not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
-      loop
-        refusal[part.commit] := 'busy';
-      end loop;
-    end if;
-    -- Backwards: the first one of a commit is the one that stays.
+  if marks > 0 and wait then
+{_take_in_order(_MARK_LOCKS, "m_digest", "marks", "hashtext(encode({}, 'hex'))")}
+    -- Backwards, here and below: the first one of a commit is the one that stays.
+    for i in reverse marks .. 1 loop
+      select expires_at, etags into found_expiry, found_etags from {layout.marks} where digest = m_digest[i];
+      if found_expiry > clock_timestamp() then
+        refusal[m_commit[i]] := concat_ws(' ', 'duplicate', i, found_etags);
+      end if;
+    end loop;
+  elsif marks > 0 then
+    for part in
+      select m.commit from unnest(m_commit, m_digest) as m(commit, digest)
+      where not is_large and not pg_try_advisory_xact_lock({_MARK_LOCKS}, hashtext(encode(m.digest, 'hex')))
+    loop
+      refusal[part.commit] := 'busy';
+    end loop;
     for part in
       select m.commit, m.number, t.etags
       from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
@@ -451,14 +454,26 @@ def _marks(layout: Layout) -> str:
   end if;"""
 
 
+def _take_in_order(space: int, members: str, count: str, hash_of: str) -> str:
+    """Wait for the locks of `members` in the order of their hashes. A query takes long: one or two do without."""
+    first, last = hash_of.format(f"{members}[1]"), hash_of.format(f"{members}[{count}]")
+    return f"""\
+    if {count} between 1 and 2 then
+      nothing := pg_advisory_xact_lock({space}, least({first}, {last}));
+      nothing := pg_advisory_xact_lock({space}, greatest({first}, {last}));
+    elsif {count} > 2 and not is_large then
+      foreach hash in array array(select {hash_of.format("member")} from unnest({members}) as member order by 1) loop
+        nothing := pg_advisory_xact_lock({space}, hash);
+      end loop;
+    end if;"""
+
+
 def _alone(layout: Layout, log: int) -> str:
     """The part of the commit function for one commit with few operations, in loops, which waits for every lock."""
     return f"""\
     -- A key that is absent has no row to lock, so every key has a lock of its own.
-    if operations > 0 and not is_large and refusal[1] is null then
-      foreach hash in array array(select hashtext(key) from unnest(o_key) as key order by 1) loop
-        nothing := pg_advisory_xact_lock({_KEY_LOCKS}, hash);
-      end loop;
+    if refusal[1] is null then
+{_take_in_order(_KEY_LOCKS, "o_key", "operations", "hashtext({})")}
     end if;
 
     if array_remove(o_expected, null) <> '{{}}' then
@@ -516,14 +531,13 @@ def _together(layout: Layout, log: int) -> str:
     does not know our locks: it is looked at anew by each commit alone.
     """
     return f"""\
-    if not is_large then
-      for part in
-        select o.commit from unnest(o_commit, o_key) as o(commit, key)
-        where refusal[o.commit] is null and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o.key))
-      loop
-        refusal[part.commit] := 'busy';
-      end loop;
-    end if;
+    for part in
+      select o.commit from unnest(o_commit, o_key) as o(commit, key)
+      where not is_large and refusal[o.commit] is null
+        and not pg_try_advisory_xact_lock({_KEY_LOCKS}, hashtext(o.key))
+    loop
+      refusal[part.commit] := 'busy';
+    end loop;
     -- One query locks the rows it can, the next one judges: it sees what is committed when it begins.
     locked := array(
       select s.key from unnest(o_key) as o(key) join {layout.state} s on s.key = o.key for update of s skip locked);
