@@ -18,6 +18,7 @@ from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, OutboxRecord
 from statecast.components.state.log import Lease, OutboxLog
 from statecast.components.state.postgresql import PostgresqlStateStore
+from statecast.components.state.postgresql.lanes import SERVER_LIFE
 from statecast.components.state.postgresql.migration import MIGRATION_LOCK
 from statecast.components.state.postgresql.position import Position
 from statecast.components.testing.deadline import until
@@ -70,8 +71,10 @@ async def test_a_number_that_a_crash_gave_to_another_transaction_hides_nothing(
         for _ in range(1_100):
             await admin.execute("begin; select pg_current_xact_id(); rollback")
         _, leases = await read_ids(store.log, leases)
+        life = await admin.fetchval(f"select {SERVER_LIFE}")
 
         await crash(server, part)
+        await until_it_lives_anew(server, life)
         await until_it_answers(store)
         await store.transact(Commit((), (OutboxRecord("orders||1", "after", "bus", "orders", b""),)))
         found, read = await read_ids(store.log, leases)
@@ -97,6 +100,22 @@ async def crash(server: PrivateServer, part: str) -> None:
     pid = await victim.fetchval("select pg_backend_pid()")
     with suppress(asyncpg.PostgresError, OSError):  # the witness is ended too
         await witness.execute(f"copy (select 1) to program 'kill -KILL {pid}'")
+
+
+async def until_it_lives_anew(server: PrivateServer, life: str) -> None:
+    """Until then a backend may answer that is about to be ended with the others."""
+
+    async def lives_anew() -> bool:
+        try:
+            connection = await asyncpg.connect(server.address)
+            try:
+                return bool(await connection.fetchval(f"select {SERVER_LIFE}") != life)
+            finally:
+                connection.terminate()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            return False
+
+    await until(lives_anew)
 
 
 async def until_it_answers(store: PostgresqlStateStore) -> None:
