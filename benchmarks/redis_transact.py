@@ -34,9 +34,10 @@ NOTE: Final = b"please ring twice; " * 12
 VALUE: Final = b'{"orderId": "order-1", "total": 250, "currency": "EUR", "note": "' + NOTE + b'"}'
 EVENT: Final = b'{"specversion": "1.0", "id": "outbox-1", "source": "orders", "data": ' + VALUE + b"}"
 KEY: Final = "orders||order-1"
+METADATA: Final = {"partitionKey": "order-1", "note": NOTE.decode() * 2}
 COMMIT_OF_ONE_ORDER: Final = Commit(
     (Upsert(KEY, VALUE), Delete("orders||cart-1")),
-    (OutboxRecord(KEY, "outbox-1", "pubsub", "orders", EVENT, {"partitionKey": "order-1"}),),
+    (OutboxRecord(KEY, "outbox-1", "pubsub", "orders", EVENT, METADATA),),
 )
 
 
