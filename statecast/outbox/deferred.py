@@ -1,5 +1,6 @@
 """Events that the broker refused wait aside, queue by queue: tried again, at last parked until they are replayed."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,8 +59,9 @@ class DeferredRetry:
         tried: dict[DeferredQueue, _Tried] = {}
         for entry, outcome in zip(entries, outcomes, strict=True):
             tried.setdefault(DeferredQueue.of(entry), []).append((entry, outcome))
-        progress = [await self._progress(status, tried[status.queue]) for status in queues if status.queue in tried]
-        return [each for each in progress if each is not None]
+        # At the same time: copies that a broker does not answer to must not outlast the leases, however many they are.
+        judging = (self._progress(status, tried[status.queue]) for status in queues if status.queue in tried)
+        return [each for each in await asyncio.gather(*judging) if each is not None]
 
     async def _progress(self, status: QueueStatus, tried: _Tried) -> QueueProgress | None:
         published = tuple(entry.id for entry, outcome in tried if isinstance(outcome, Published))

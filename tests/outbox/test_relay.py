@@ -259,6 +259,27 @@ async def test_the_dead_letter_topic_gets_a_copy_at_parking(store: MemoryStateSt
     )
 
 
+async def test_copies_of_keys_that_are_parked_together_do_not_wait_for_each_other(store: MemoryStateStore) -> None:
+    """Fails when they are published one after the other, each for as long as its broker does not answer."""
+    all_are_sent = asyncio.Barrier(3)
+
+    class Slow(ScriptedBroker):
+        async def publish(
+            self, messages: Sequence[Message], timeout: timedelta, settlement: Settlement = Settlement.STORED
+        ) -> list[Outcome]:
+            if messages[0].topic == "dead":
+                await all_are_sent.wait()
+            return await super().publish(messages, timeout, settlement)
+
+    broker = Slow(lambda message: Published() if message.topic == "dead" else Refused("too large"))
+    options = replace(QUICK, retry=replace(QUICK.retry, dead_letter_topic="dead"))
+    async with relaying(store.log, broker, options=options) as relay:
+        await store.transact(Commit((), tuple(record(key, 0) for key in ("a", "b", "c"))))
+        await until(lambda: relay.counts.parked == 3 and len(broker.taken) == 3)
+
+    assert sorted(broker.taken) == ["a:0", "b:0", "c:0"]
+
+
 async def test_a_key_that_is_aside_stays_aside_for_the_next_relay(store: MemoryStateStore) -> None:
     broker = ScriptedBroker(lambda message: Refused("too large") if message.body == b"a:0" else Published())
     async with relaying(store.log, broker, options=PATIENT) as relay:
