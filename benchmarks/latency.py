@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 
+from benchmarks.loop import run
 from benchmarks.ratio import Ratio
 from statecast.components.manifest import Component
 from statecast.components.state.value import upsert
@@ -72,7 +73,7 @@ async def _through_the_outbox(url: str, redis_url: str, *, other_relays: int) ->
 
 
 def _relay(components: list[Component]) -> None:
-    asyncio.run(_relay_for_ever(components))
+    run(_relay_for_ever(components))
 
 
 async def _relay_for_ever(components: list[Component]) -> None:
@@ -134,5 +135,5 @@ def _percentile(values: list[float], share: float) -> float:
 
 
 if __name__ == "__main__":
-    for each in asyncio.run(measure()):
+    for each in run(measure()):
         print(f"{each.name}: {each.ours:.2f} {each.unit}, {each.yardstick_name} {each.yardstick:.2f} {each.unit}")

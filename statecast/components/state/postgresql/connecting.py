@@ -25,7 +25,7 @@ _SERVER_SHARE = 0.9
 _ISOLATION = "read committed"
 
 # A plan made while a table was small is kept for as long as the connection; it must not read it all.
-_PLANNING = {"enable_seqscan": "off", "jit": "off"}
+_PLANNING = {"enable_seqscan": "off", "jit": "off", "plan_cache_mode": "force_generic_plan"}
 
 _ARRAYS = ("boolean", "smallint", "integer", "bigint", "float8", "text", "bytea", "uuid", "timestamptz")
 

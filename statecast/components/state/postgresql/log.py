@@ -8,10 +8,8 @@ from itertools import groupby
 from typing import Any
 
 import asyncpg
-from msgspec.structs import replace
 
 from statecast.components.state.log import (
-    READ_BYTES,
     Batch,
     Deferral,
     DeferredQueue,
@@ -32,10 +30,11 @@ from statecast.components.state.postgresql.deferred import (
     reading_columns,
     settlement_columns,
 )
-from statecast.components.state.postgresql.entry import ENTRY_COLUMNS, read_entry, up_to_read_bytes
+from statecast.components.state.postgresql.entry import read_entry
 from statecast.components.state.postgresql.lanes import Lanes, Session, Work
 from statecast.components.state.postgresql.migration import Log
-from statecast.components.state.postgresql.position import Position, group
+from statecast.components.state.postgresql.position import Position
+from statecast.components.state.postgresql.reading import LogReader, unpinned
 from statecast.components.state.postgresql.schema import PARTITION_BITS, PARTITIONS, Layout
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import OutcomeUnknown, StoreUnavailable
@@ -45,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 class PostgresqlOutboxLog:
     """The log of one (app id, component); its rows are written by the commit function.
-
-    All statements run on their own, under READ COMMITTED: a snapshot that is pinned by one is read by a later one,
-    which sees at least what it names.
 
     A server that crashed gives numbers of transactions again that nothing durable has come of. A position that is
     persisted names none of these, but one that was read since may. So what was leased in another life of the server's
@@ -60,6 +56,7 @@ class PostgresqlOutboxLog:
         self._log = log
         self._waker = waker
         self._sql = _Statements(layout, log.number)
+        self._reader = LogReader(layout.outbox(log.number))
         self._aside = DeferredStatements(layout, log.number, self._sql.advance)
         self._lives: dict[int, tuple[int, str]] = {}
         self._lacks_rights = False
@@ -172,34 +169,9 @@ class PostgresqlOutboxLog:
     async def _read(self, session: Session, *, leases: list[Lease], limit: int) -> Batch:
         async with session.in_one_life() as life:
             valid = [lease for lease in leases if self._is_of(lease, life)]
-            batch = await self._read_valid(session, valid, limit) if valid else Batch((), ())
+            batch = await self._reader.read(session, valid, limit) if valid else Batch((), ())
         moved = {lease.slice: lease for lease in batch.leases}
-        return Batch(batch.entries, tuple(moved.get(lease.slice) or _unpinned(lease) for lease in leases))
-
-    async def _read_valid(self, session: Session, leases: list[Lease], limit: int) -> Batch:
-        groups = group(leases)
-        if any(position.cur is None for position in groups):
-            rows = await session.read("select pg_current_snapshot()::text as snapshot")
-            groups = {position.pin(rows[0]["snapshot"]): members for position, members in groups.items()}
-        share = share_of(limit, len(groups))
-        entries: list[LogEntry] = []
-        moved = {lease.slice: lease for lease in leases}
-        room = READ_BYTES
-        for position, members in groups.items():
-            rows = await self._rows(session, position, [lease.slice for lease in members], share)
-            entries.extend(map(read_entry, rows))
-            is_full = bool(rows) and rows[0]["found"] >= min(share, len(rows) + 1)
-            after = position.behind(rows[-1]["id"] if rows else None, is_full=is_full)
-            moved |= {lease.slice: replace(lease, position=str(after)) for lease in members}
-            room -= sum(len(row["body"]) for row in rows)
-            if room <= 0:
-                break
-        return Batch(tuple(entries), tuple(moved[lease.slice] for lease in leases))
-
-    async def _rows(self, session: Session, position: Position, slices: list[int], limit: int) -> list[Any]:
-        if position.is_exhausted:
-            return []
-        return await session.read(self._sql.read, slices, position.after, position.prev, position.cur, limit)
+        return Batch(batch.entries, tuple(moved.get(lease.slice) or unpinned(lease) for lease in leases))
 
     async def _status(self, session: Session) -> list[SliceStatus]:
         rows = await session.read(self._sql.slices)
@@ -250,18 +222,6 @@ class _Statements:
         self._layout = layout
         self._log = log
         outbox, slices, relays = layout.outbox(log), layout.slices, layout.relays
-        # Not visible in prev, looked up by xid; visible in cur, looked up by xid too; then row by row for the rest.
-        self.read = up_to_read_bytes(
-            f"select {ENTRY_COLUMNS} from {outbox}"
-            " where slice = any ($1::smallint[]) and id > $2"
-            " and (xid >= pg_snapshot_xmax($3::text::pg_snapshot)"
-            "  or xid = any (array(select pg_snapshot_xip($3::text::pg_snapshot))))"
-            " and xid < pg_snapshot_xmax($4::text::pg_snapshot)"
-            " and pg_visible_in_snapshot(xid, $4::text::pg_snapshot)"
-            " and not pg_visible_in_snapshot(xid, $3::text::pg_snapshot)"
-            " order by id limit $5",
-            order="id",
-        )
         self.pending = (
             "select slice, count(*) as pending, min(created_at) as oldest_at"
             f" from {outbox}"
@@ -341,11 +301,6 @@ def _columns(leases: Sequence[Lease]) -> Iterable[list[object]]:
     yield [position.prev for position in positions]
     yield [position.cur for position in positions]
     yield [position.after for position in positions]
-
-
-def _unpinned(lease: Lease) -> Lease:
-    """Let a lease from which nothing more is read wait for its end, not ask to be read on."""
-    return replace(lease, position=str(Position(Position.parse(lease.position).prev)))
 
 
 def _position_text(row: Any) -> str:

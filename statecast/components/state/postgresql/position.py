@@ -5,6 +5,7 @@ and was not in the snapshot `prev`, in the order of ids; one that finds more tha
 `after` with the same two snapshots, and only when all is given `cur` becomes the next `prev`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -35,23 +36,18 @@ class Position:
         """Fix what is to be read to what is visible in `snapshot`, unless that is fixed already."""
         return self if self.cur is not None else replace(self, cur=snapshot)
 
-    def behind(self, last_id: int | None, *, is_full: bool) -> "Position":
-        """Move on after a read that found rows up to `last_id`, and found as many as it was allowed if `is_full`.
-
-        After one that found nothing the position stays where it was for a while: to persist it, and every relay's
-        heartbeat, is a transaction, so an idle log would move and be persisted for ever.
-        """
-        assert self.cur is not None
-        if is_full and last_id is not None:
-            return replace(self, after=last_id)
-        if last_id is None and self.after == 0 and _end(self.cur) - _end(self.prev) < _WORTH_MOVING:
-            return Position(self.prev)
-        return Position(self.cur)
+    def behind(self, last_id: int) -> "Position":
+        return replace(self, after=last_id)
 
     @property
-    def is_exhausted(self) -> bool:
-        """Nothing became visible between the two snapshots."""
-        return self.cur == self.prev
+    def end(self) -> "Position":
+        """Where all that is visible in `cur` has been read."""
+        assert self.cur is not None
+        return Position(self.cur)
+
+    def is_near(self, earlier: "Position") -> bool:
+        """Tell whether hardly more transactions began between an earlier position and this one than a read minds."""
+        return not earlier.after and _end(self.prev) - _end(earlier.prev) < _WORTH_MOVING
 
 
 def _end(snapshot: str) -> int:
@@ -59,7 +55,7 @@ def _end(snapshot: str) -> int:
     return int(snapshot.split(":")[1])
 
 
-def group(leases: list[Lease]) -> dict[Position, list[Lease]]:
+def group(leases: Sequence[Lease]) -> dict[Position, list[Lease]]:
     """Put those together that can be read by one query, since they stand at the same position."""
     groups: dict[Position, list[Lease]] = {}
     for lease in leases:

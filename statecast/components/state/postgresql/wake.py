@@ -125,8 +125,11 @@ class Waker:
         if not self._untold:
             return
         slices, self._untold = self._untold, set()
+        again_at = self._clock.monotonic() + _QUIET.total_seconds()
         await connection.execute("select pg_notify($1, $2)", self._channel, ",".join(map(str, sorted(slices))))
-        await self._clock.wait(asyncio.Event(), _QUIET)
+        pause = timedelta(seconds=again_at - self._clock.monotonic())
+        if pause > timedelta(0):
+            await self._clock.wait(asyncio.Event(), pause)
 
     def _hear(self, connection: object, pid: int, channel: str, payload: object) -> None:
         self._wake([int(slice) for slice in str(payload).split(",") if slice.isdecimal()])
