@@ -29,6 +29,7 @@ from statecast.components.state.postgresql.call import CommitCall, PreparedCommi
 from statecast.components.state.postgresql.position import Position
 from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS
 from statecast.components.testing.deadline import until
+from tests.components.rows_fetched import rows_fetched
 
 HOUR = timedelta(hours=1)
 PATIENCE_SECONDS = 60
@@ -360,25 +361,6 @@ async def test_what_is_aside_of_one_key_does_not_make_looking_at_the_keys_slow(
 
     assert (status.pending, len(entries), emptied) == (300, 10, [])
     assert await rows_fetched(store, admin, "statecast_deferred") - before < 100
-
-
-async def rows_fetched(store: PostgresqlStateStore, admin: asyncpg.Connection, tables: str) -> int:
-    """Count what the store has read of these tables so far; a session tells with its next statement, a second after it
-    last did."""
-    query = (
-        "select sum(coalesce(idx_tup_fetch, 0) + seq_tup_read)::bigint from pg_stat_user_tables where relname like $1"
-    )
-    seen = -1
-
-    async def is_steady() -> bool:
-        nonlocal seen
-        await asyncio.sleep(1.1)
-        await store.get("orders||no such key")
-        before, seen = seen, await admin.fetchval(query, tables)
-        return bool(before == seen)
-
-    await until(is_steady)
-    return seen
 
 
 @pytest.mark.parametrize("holder", ["another statement", "nobody"])

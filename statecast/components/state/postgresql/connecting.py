@@ -24,8 +24,15 @@ _SERVER_SHARE = 0.9
 # Each statement of the commit function must see what was committed while the one before it waited.
 _ISOLATION = "read committed"
 
-# A plan made while a table was small is kept for as long as the connection; it must not read it all.
-_PLANNING = {"enable_seqscan": "off", "jit": "off", "plan_cache_mode": "force_generic_plan"}
+# A plan is made once and kept for as long as the connection, also one made while a table was small: it must not read all
+# of a table, and joins what is asked for to a table by looking each up in an index.
+_PLANNING = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
 
 _ARRAYS = ("boolean", "smallint", "integer", "bigint", "float8", "text", "bytea", "uuid", "timestamptz")
 

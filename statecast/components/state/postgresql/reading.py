@@ -2,7 +2,8 @@
 
 How long a read takes depends on what it finds, not on what has passed and is not trimmed yet. What is new is found by
 its transactions, all of it at once; where that is more than may be read at a time, it is read in steps along its ids,
-from the first of them on. Each statement can only walk along the index that suits it, so that no plan is the wrong one.
+from the first of them on, or from the first row on where it is very much. Each statement can only walk along the index
+that suits it, so that no plan is the wrong one.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ _SNAPSHOTS = (
 )
 _CUR = "(select cur from snapshots)"
 
+# For so many entries it matters little that all those which have passed, a partition or two of them, are walked along.
+_WORTH_WALKING = 50_000
+
 
 class LogReader:
     """The statements run on their own, under READ COMMITTED: a snapshot that is pinned by one is read by a later one,
@@ -38,9 +42,9 @@ class LogReader:
             f"{up_to_read_bytes('select * from new where (select total from total) <= $4', order='id')}"
             ") e on true order by e.id"
         )
-        # Of a sum, for otherwise the index on the id would be walked along until the first one that is new.
         self._first = (
-            f"with {_SNAPSHOTS} select coalesce(min(id + 0), 0) as id from ({_new_rows(outbox, 'id', '')}) new"
+            f"with {_SNAPSHOTS} select count(*) as total, coalesce(min(id), 0) as id"
+            f" from ({_new_rows(outbox, 'id', 'order by xid limit $4 + 1')}) new"
         )
         self._steps = up_to_read_bytes(
             f"select {ENTRY_COLUMNS} from {outbox} where slice = any ($1::smallint[]) and id > $4"
@@ -89,8 +93,8 @@ class LogReader:
             if rows[0]["total"] <= limit:
                 rows = [row for row in rows if row["id"] is not None]
                 return rows, _behind(position, rows, is_all=not rows or rows[0]["found"] == len(rows))
-            (first,) = await session.read(self._first, slices, position.prev, position.cur)
-            position = position.behind(first["id"] - 1)
+            (first,) = await session.read(self._first, slices, position.prev, position.cur, _WORTH_WALKING)
+            position = position.behind(first["id"] - 1 if first["total"] <= _WORTH_WALKING else 0)
         rows = await session.read(self._steps, slices, position.prev, position.cur, position.after, limit)
         return rows, _behind(position, rows, is_all=not rows or rows[0]["found"] == len(rows) < limit)
 

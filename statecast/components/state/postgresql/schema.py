@@ -20,7 +20,7 @@ PARTITIONS = 4
 PARTITION_BITS = 17
 """A partition takes 2**17 consecutive ids before the next one's turn comes."""
 
-COMMIT_REVISION = 1
+COMMIT_REVISION = 2
 """The number of the commit function's body. A change that its callers need not know of counts it up, so that databases
 get it; one that they must know of makes a new version of the function."""
 
@@ -347,7 +347,10 @@ declare
   part record;
   hash integer;
   locked text[];
-  is_raced boolean;
+  broken integer[];
+  broken_operation integer;
+  broken_commit integer;
+  written bigint;
   is_large constant boolean := operations + marks > {MOST_LOCKS};
   lock_timeout constant text := current_setting('lock_timeout');
 begin
@@ -445,8 +448,8 @@ def _marks(layout: Layout) -> str:
     for part in
       select m.commit, m.number, t.etags
       from unnest(m_commit, m_digest) with ordinality as m(commit, digest, number)
-      join {layout.marks} t on t.digest = m.digest
-      where t.expires_at > clock_timestamp()
+      cross join lateral (
+        select etags from {layout.marks} where digest = m.digest and expires_at > clock_timestamp() offset 0) t
       order by m.number desc
     loop
       refusal[part.commit] := concat_ws(' ', 'duplicate', part.number, part.etags);
@@ -527,7 +530,7 @@ def _alone(layout: Layout, log: int) -> str:
 def _together(layout: Layout, log: int) -> str:
     """The part for many commits, in queries over all their operations, which never waits.
 
-    A key that had no row when the locks were taken, and has one when it is written, was written by a program that
+    A row that is there and was not locked is held by another transaction, or was until a moment ago. A key that had no row when the locks were taken, and has one when it is written, was written by a program that
     does not know our locks: it is looked at anew by each commit alone.
     """
     return f"""\
@@ -538,41 +541,42 @@ def _together(layout: Layout, log: int) -> str:
     loop
       refusal[part.commit] := 'busy';
     end loop;
-    -- One query locks the rows it can, the next one judges: it sees what is committed when it begins.
-    locked := array(
-      select s.key from unnest(o_key) as o(key) join {layout.state} s on s.key = o.key for update of s skip locked);
-    for part in
-      select o.commit, o.number, s.key is not null and l.key is null as is_held
+    select coalesce(array_agg(o.key) filter (where s.key is not null), '{{}}'),
+      coalesce(array_agg(case when h.is_held then -o.number else o.number end order by o.number)
+        filter (where h.is_held
+          or o.expected = '' and s.is_live
+          or o.expected <> '' and (s.is_live and s.etag = o.expected) is not true), '{{}}')
+      into locked, broken
       from unnest(o_commit, o_key, o_expected) with ordinality as o(commit, key, expected, number)
-      left join {layout.state} s on s.key = o.key
-      left join unnest(locked) as l(key) on l.key = o.key
-      where s.key is not null and l.key is null
-        or o.expected = '' and s.key is not null and (s.expires_at > clock_timestamp()) is not false
-        or o.expected <> '' and (s.key is null or s.expires_at <= clock_timestamp() or s.etag::text <> o.expected)
-      order by o.number
-    loop
-      continue when refusal[part.commit] is not null;
-      refusal[part.commit] := case when part.is_held then 'busy' else 'etag ' || part.number end;
+      left join lateral (
+        select key, etag::text, (expires_at > clock_timestamp()) is not false as is_live
+        from {layout.state} where key = o.key for update skip locked) s on true
+      left join lateral (
+        select true as is_held from {layout.state} where s.key is null and key = o.key offset 0) h on true
+      where refusal[o.commit] is null;
+    foreach broken_operation in array broken loop
+      broken_commit := o_commit[abs(broken_operation)];
+      continue when refusal[broken_commit] is not null;
+      refusal[broken_commit] := case when broken_operation < 0 then 'busy' else 'etag ' || broken_operation end;
     end loop;
 
-    with written as (
-      insert into {layout.state} as t (key, value, etag, expires_at)
-        select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
-        from unnest(o_commit, o_kind, o_key, o_value, o_ttl, o_etag) as o(commit, kind, key, value, ttl, etag)
-        where o.kind = 'u' and refusal[o.commit] is null
-      on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
-        updated_at = clock_timestamp()
-        where t.key = any (locked)
-      returning 1)
-    select (select count(*) from written) < (
+    insert into {layout.state} as t (key, value, etag, expires_at)
+      select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
+      from unnest(o_commit, o_kind, o_key, o_value, o_ttl, o_etag) as o(commit, kind, key, value, ttl, etag)
+      where o.kind = 'u' and refusal[o.commit] is null
+    on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
+      updated_at = clock_timestamp()
+      where t.key = any (locked);
+    get diagnostics written = row_count;
+    if written < (
       select count(*) from unnest(o_commit, o_kind) as o(commit, kind) where o.kind = 'u' and refusal[o.commit] is null)
-      into is_raced;
-    if is_raced then
+    then
       raise exception using errcode = 'SC001', message = 'another program wrote a key that was looked at as absent';
     end if;
     if 'd' = any (o_kind) then
-      delete from {layout.state} s using unnest(o_commit, o_kind, o_key) as o(commit, kind, key)
-        where s.key = o.key and o.kind = 'd' and refusal[o.commit] is null;
+      delete from {layout.state} where key = any (array(
+        select o.key from unnest(o_commit, o_kind, o_key) as o(commit, kind, key)
+        where o.kind = 'd' and refusal[o.commit] is null));
     end if;
     if marks > 0 then
       insert into {layout.marks} (digest, expires_at, etags)
