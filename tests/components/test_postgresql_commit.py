@@ -900,3 +900,25 @@ async def test_commits_read_what_they_touch_also_by_plans_that_were_made_while_t
             await commit_some(store, round)
 
         assert 0 < await rows_fetched(store, admin, "state%") - before < 1_000
+
+
+@pytest.mark.parametrize("wait", [False, True])
+async def test_texts_are_written_as_they_are(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, wait: bool
+) -> None:
+    texts = ["", "null", 'a "quoted"', "\\", "\\n", "a\\", '\\"', "\n\t\r\x07\x1f\x7f", "{a,b}", " \u00e9\U0001f642 "]
+    records = [OutboxRecord(text, text, text, text, b"{}", {"topic": text}) for text in texts]
+    commits = [Commit((Upsert(text, text.encode()),), (record,)) for text, record in zip(texts, records, strict=True)]
+
+    if wait:
+        outcomes = [outcome for each in commits for outcome in await call(admin, each, wait=True)]
+    else:
+        outcomes = await call(admin, *commits)
+
+    leases = await store.log.acquire("relay", 16, HOUR)
+    batch = await store.log.read(leases, 100)
+    assert all(isinstance(outcome, Applied) for outcome in outcomes)
+    assert await values(admin) == {text: text.encode() for text in texts}
+    assert {entry.record.order_key: entry.record for entry in batch.entries} == {
+        record.order_key: record for record in records
+    }

@@ -29,7 +29,7 @@ class Consistency(StrEnum):
     STRONG = "strong"
 
 
-class Item(msgspec.Struct, frozen=True):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """A stored value as read. `etag` is `""` only for a value without a version, which another program wrote."""
 
     key: str
@@ -52,7 +52,7 @@ class Item(msgspec.Struct, frozen=True):
         return msgspec.json.decode(self.value, type=type)
 
 
-class Upsert(msgspec.Struct, frozen=True):
+class Upsert(msgspec.Struct, frozen=True, gc=False):
     """Write `value` at `key`.
 
     `etag` given: only if the key has it now. `concurrency` first-write without an etag: only if the key is absent.
@@ -71,7 +71,7 @@ class Upsert(msgspec.Struct, frozen=True):
     metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-class Delete(msgspec.Struct, frozen=True):
+class Delete(msgspec.Struct, frozen=True, gc=False):
     """Remove `key`; with an etag only if the key has it now. A key that is absent is no error without an etag."""
 
     key: str
@@ -79,7 +79,7 @@ class Delete(msgspec.Struct, frozen=True):
     metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-class Check(msgspec.Struct, frozen=True):
+class Check(msgspec.Struct, frozen=True, gc=False):
     """A read that the commit depends on: `key` must still have `etag`, or still be absent where `etag` is None.
 
     An etag of `""` is an InvalidRequest: whether a value without a version has changed, nobody can tell.
@@ -96,7 +96,7 @@ class Check(msgspec.Struct, frozen=True):
 Operation = Upsert | Delete | Check
 
 
-class OutboxRecord(msgspec.Struct, frozen=True):
+class OutboxRecord(msgspec.Struct, frozen=True, gc=False):
     """One event, rendered completely, that is written in the commit which it tells of.
 
     `order_key` decides the slice: records with the same one are relayed in commit order. `pubsub`, `topic`, `body`
@@ -134,7 +134,7 @@ class Guard(msgspec.Struct, frozen=True):
     token: str
 
 
-class Commit(msgspec.Struct, frozen=True):
+class Commit(msgspec.Struct, frozen=True, gc=False):
     """What one transaction hands the store: applied as a whole or not at all."""
 
     operations: tuple[Operation, ...]

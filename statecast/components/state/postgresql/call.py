@@ -3,13 +3,13 @@
 Several commits may share a call if none of them has a key, mark or guard in common with another.
 """
 
-import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
+from operator import itemgetter
 from typing import TypeVar
 from uuid import UUID, uuid4
 
+import msgspec
 import orjson
 
 from statecast.components.state.commit import (
@@ -26,6 +26,7 @@ from statecast.components.state.commit import (
     collapse,
     etags_after,
 )
+from statecast.components.state.etags import new_etag
 from statecast.components.state.log import slice_of
 from statecast.components.state.postgresql.entry import write_metadata
 from statecast.errors import Duplicate, ETagMismatch, Fenced, InvalidRequest, StatecastError
@@ -42,33 +43,32 @@ _NO_MARKS = (None,) * 4
 _NO_RECORDS = (None,) * 9
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True, gc=False):
     """The commit was applied; `etags` are the answer to its operations."""
 
     etags: tuple[ETag | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """Nothing of the commit was applied, for this reason."""
 
     error: StatecastError
 
 
-@dataclass(frozen=True, slots=True)
-class Busy:
+class Busy(msgspec.Struct, frozen=True):
     """Nothing of the commit was applied, for it would have had to wait: it is to run alone."""
 
 
 Outcome = Applied | Refused | Busy
 
 _BUSY = Busy()
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\""})
 _NO_ETAG = str(UUID(int=0))
 
 
 _ChangeRow = tuple[str, str, bytes, str | None, float | None, str]
 _MarkRow = tuple[bytes, float, str]
+_KEY = itemgetter(1)
 _RecordRow = tuple[int, str, str, int, str, str, str, bytes]
 
 
@@ -87,9 +87,16 @@ class PreparedCommit:
         self.applied = Applied(etags)
         self.guards: Sequence[Guard] = ()
         self.marks: Sequence[_MarkRow] = ()
-        self.footprint: list[Hashable] = [row[1] for row in self.changes]
+        self.records: list[_RecordRow] = []
+        self.footprint: list[Hashable] = []
+        self.weight = 0
+        for row in self.changes:
+            self.footprint.append(row[1])
+            self.weight += len(row[2])
         try:
-            self.records = [_record_row(record, slices) for record in commit.records]
+            for record in commit.records:
+                self.records.append(_record_row(record, slices))
+                self.weight += len(record.body)
             if commit.marks:
                 self.marks = _mark_rows(commit.marks, etags)
                 self.footprint += [row[0] for row in self.marks]
@@ -98,7 +105,6 @@ class PreparedCommit:
         if commit.guards:
             self.guards = sorted(set(commit.guards), key=lambda guard: (guard.type, guard.id))
             self.footprint += {(guard.type, guard.id) for guard in self.guards}
-        self.weight = sum([len(row[2]) for row in self.changes]) + sum([len(row[7]) for row in self.records])
 
 
 class CommitCall:
@@ -133,15 +139,15 @@ class CommitCall:
 
     def _guard_arguments(self) -> Iterator[object]:
         yield _numbers([len(commit.guards) for commit in self._commits])
-        yield [guard.type for guard in self._guards]
-        yield [guard.id for guard in self._guards]
-        yield [_token(guard.token) for guard in self._guards]
+        yield _texts([guard.type for guard in self._guards])
+        yield _texts([guard.id for guard in self._guards])
+        yield _texts([_token(guard.token) for guard in self._guards])
 
     def _change_arguments(self) -> Iterator[object]:
         kinds, keys, values, expected, ttls, etags = zip(*self._changes, strict=True)
         yield _numbers([len(commit.changes) for commit in self._commits])
         yield f"{{{','.join(kinds)}}}"
-        yield keys
+        yield _texts(keys)
         yield values
         yield _unless_empty(expected)
         yield _unless_empty(ttls)
@@ -155,12 +161,12 @@ class CommitCall:
         slices, order_keys, event_ids, formats, pubsubs, topics, metadata, bodies = zip(*self._records, strict=True)
         yield _numbers([len(commit.records) for commit in self._commits])
         yield _integers(slices)
-        yield order_keys
-        yield event_ids
+        yield _texts(order_keys)
+        yield _texts(event_ids)
         yield _integers(formats)
-        yield pubsubs
-        yield topics
-        yield metadata
+        yield _texts(pubsubs)
+        yield _texts(topics)
+        yield _texts(metadata)
         yield bodies
 
     def _refused(self, commit: PreparedCommit, answer: str) -> Outcome:
@@ -192,23 +198,23 @@ def change_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], tupl
     rows: dict[str, _ChangeRow] = {}
     etags: list[ETag | None] = []
     for operation in operations:
+        key, etag = operation.key, operation.etag
         if isinstance(operation, Upsert):
-            etag = _new_etag()
-            etags.append(etag)
+            new = new_etag()
+            etags.append(new)
             absent = operation.concurrency is Concurrency.FIRST_WRITE
+            expected = _expected(etag, absent=absent) if etag or absent else None
             ttl = None if operation.ttl is None else _seconds(operation.ttl)
-            expected = _expected(operation.etag, absent=absent)
-            rows[operation.key] = ("u", operation.key, operation.value, expected, ttl, etag)
+            rows[key] = ("u", key, operation.value, expected, ttl, new)
         elif isinstance(operation, Delete):
             etags.append(None)
-            rows[operation.key] = ("d", operation.key, b"", _expected(operation.etag, absent=False), None, _NO_ETAG)
+            rows[key] = ("d", key, b"", _expected(etag, absent=False) if etag else None, None, _NO_ETAG)
         else:
-            etags.append(operation.etag)
-            expected = _expected(operation.etag, absent=operation.etag is None)
-            rows[operation.key] = ("c", operation.key, b"", expected, None, _NO_ETAG)
+            etags.append(etag)
+            rows[key] = ("c", key, b"", _expected(etag, absent=etag is None), None, _NO_ETAG)
     if len(rows) < len(operations):
         return collapsed_rows(operations)
-    return [row for _, row in sorted(rows.items())] if len(rows) > 1 else list(rows.values()), tuple(etags)
+    return sorted(rows.values(), key=_KEY) if len(rows) > 1 else list(rows.values()), tuple(etags)
 
 
 def collapsed_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], tuple[ETag | None, ...]]:
@@ -220,7 +226,7 @@ def collapsed_rows(operations: Sequence[Operation]) -> tuple[list[_ChangeRow], t
         absent = isinstance(change.expected, Absent)
         expected = _expected(None if isinstance(change.expected, Absent) else change.expected, absent=absent)
         if isinstance(write, Upsert):
-            written[key] = _new_etag()
+            written[key] = new_etag()
             ttl = None if write.ttl is None else _seconds(write.ttl)
             rows.append(("u", key, write.value, expected, ttl, written[key]))
         else:
@@ -256,6 +262,17 @@ def _integers(column: Iterable[int]) -> str:
     return f"{{{','.join(map(str, column))}}}"
 
 
+def _texts(column: Sequence[str]) -> str:
+    """Write an array of texts. JSON has the same form, but for all escapes other than those of `"` and `\\`."""
+    try:
+        elements = orjson.dumps(column)[1:-1].decode()
+    except TypeError as error:
+        raise InvalidRequest(f"the commit cannot be written: {error}") from error
+    if "\\" in elements.replace(r"\\", "").replace(r"\"", ""):
+        elements = ",".join([f'"{text.translate(_ESCAPES)}"' for text in column])
+    return f"{{{elements}}}"
+
+
 def _unless_empty(column: Sequence[T | None]) -> Sequence[T | None] | None:
     return None if column.count(None) == len(column) else column
 
@@ -271,14 +288,8 @@ def _seconds(ttl: timedelta) -> float:
     return min(ttl.total_seconds(), _LONGEST_LIFE)
 
 
-def _new_etag() -> ETag:
-    """Draw a random UUID (RFC 9562 §5.4), as text: that is what is answered, and the driver packs it as quickly."""
-    digits = os.urandom(16).hex()
-    return ETag(f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}")
-
-
-def _token(token: str) -> UUID:
+def _token(token: str) -> str:
     try:
-        return UUID(token)
+        return str(UUID(token))
     except ValueError:
-        return uuid4()  # a token of no claim: a new one is no claim's either, and the function says so
+        return str(uuid4())  # a token of no claim: a new one is no claim's either, and the function says so

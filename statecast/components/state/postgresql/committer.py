@@ -42,9 +42,13 @@ class CommitterOptions:
 
     @classmethod
     def choose(cls, *, connections: int, groups: bool) -> "CommitterOptions":
-        """Choose for so many connections, some of which are left for reads; without `groups` all commits go alone."""
+        """Choose for so many connections, some of which are left for reads; without `groups` all commits go alone.
+
+        Two calls keep both sides busy, one being made or read while the server works on the other; with more of them
+        each has fewer commits.
+        """
         running = max(1, connections - 2)
-        spared = min(3, running - 1)
+        spared = min(2, running - 1)
         limits = Limits(commits=128 if groups else 1, members=MOST_LOCKS, weight=1_000_000)
         # With one connection nobody may wait at it for another transaction.
         places = running - spared if connections > 1 else 0
@@ -54,10 +58,15 @@ class CommitterOptions:
 class _Waiting:
     """One commit with its caller; compared by identity."""
 
-    __slots__ = ("ahead", "answer", "deadline", "is_finished", "is_sent", "obstacle", "prepared", "settled")
+    __slots__ = (
+        *("ahead", "answer", "deadline", "footprint", "is_finished", "is_sent"),
+        *("obstacle", "prepared", "settled", "weight"),
+    )
 
     def __init__(self, prepared: PreparedCommit, deadline: float, answer: "asyncio.Future[tuple[ETag | None, ...]]"):
         self.prepared = prepared
+        self.footprint: Sequence[Hashable] = prepared.footprint
+        self.weight = prepared.weight
         self.deadline = deadline
         self.answer = answer
         self.ahead = 0
@@ -65,14 +74,6 @@ class _Waiting:
         self.is_finished = False
         self.obstacle = "another transaction holds what it touches"
         self.settled: asyncio.Future[None] | None = None
-
-    @property
-    def footprint(self) -> Sequence[Hashable]:
-        return self.prepared.footprint
-
-    @property
-    def weight(self) -> int:
-        return self.prepared.weight
 
     @property
     def is_withdrawn(self) -> bool:

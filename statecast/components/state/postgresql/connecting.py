@@ -24,8 +24,8 @@ _SERVER_SHARE = 0.9
 # Each statement of the commit function must see what was committed while the one before it waited.
 _ISOLATION = "read committed"
 
-# A plan is made once and kept for as long as the connection, also one made while a table was small: it must not read all
-# of a table, and joins what is asked for to a table by looking each up in an index.
+# A plan is made once and kept for as long as the connection, also one that was made while a table was small. So none
+# may read all of a table, and what is asked for is joined to a table by looking each up in an index.
 _PLANNING = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
