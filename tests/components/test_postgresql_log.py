@@ -29,7 +29,7 @@ from statecast.components.state.postgresql.call import CommitCall, PreparedCommi
 from statecast.components.state.postgresql.position import Position
 from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS
 from statecast.components.testing.deadline import until
-from tests.components.rows_fetched import rows_fetched
+from tests.components.rows_fetched import blocks_looked_at, rows_fetched
 
 HOUR = timedelta(hours=1)
 PATIENCE_SECONDS = 60
@@ -334,6 +334,43 @@ async def test_a_read_takes_no_longer_for_what_has_passed(
 
     assert seen == [f"new-{number}" for number in range(50)]
     assert await rows_fetched(store, admin, "statecast_outbox_1_%") - before < 300
+
+
+async def test_an_advance_takes_no_longer_while_a_transaction_is_left_open(
+    store: PostgresqlStateStore, admin: asyncpg.Connection, postgresql_url: str
+) -> None:
+    """All versions of the slices' rows stay then; an advance must not walk along those of all before it."""
+    leases = await store.log.acquire("relay", 16, HOUR)
+    foreign = await asyncpg.connect(postgresql_url)
+    async with foreign.transaction(isolation="repeatable_read"):
+        await foreign.fetchval("select pg_current_snapshot()")
+        for _ in range(300):
+            assert len(await store.log.advance(leases, HOUR)) == 16
+        before = await blocks_looked_at(store, admin, "statecast_slice")
+
+        for _ in range(20):
+            await store.log.advance(leases, HOUR)
+
+        assert 0 < await blocks_looked_at(store, admin, "statecast_slice") - before < 20 * 16 * 25
+    await foreign.close()
+
+
+async def test_an_advance_finds_rows_that_were_moved_by_others(
+    store: PostgresqlStateStore, make_store: Callable[[], PostgresqlStateStore], admin: asyncpg.Connection
+) -> None:
+    leases = await store.log.acquire("relay", 16, HOUR)
+    await store.log.advance(leases, HOUR)
+
+    await admin.execute("update statecast_slice set expires_at = expires_at where slice < 4")
+    assert await store.log.advance(leases, HOUR) == leases
+
+    async with make_store() as other:
+        await admin.execute("update statecast_slice set expires_at = '-infinity' where slice < 4")
+        taken = await other.log.acquire("other", 4, HOUR)
+        assert await other.log.advance(taken, HOUR) == taken
+
+        assert await store.log.advance(leases, HOUR) == leases[4:]
+        assert await other.log.advance(taken, HOUR) == taken
 
 
 # What is put aside

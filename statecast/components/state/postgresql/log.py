@@ -1,7 +1,7 @@
 """The outbox log of a PostgreSQL store: positions are pairs of snapshots, leases are rows."""
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -42,6 +42,9 @@ from statecast.errors import OutcomeUnknown, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 
+_Move = Callable[[Session, list[Lease]], Awaitable[list[Any]]]
+
+
 class PostgresqlOutboxLog:
     """The log of one (app id, component); its rows are written by the commit function.
 
@@ -59,6 +62,7 @@ class PostgresqlOutboxLog:
         self._reader = LogReader(layout.outbox(log.number))
         self._aside = DeferredStatements(layout, log.number, self._sql.advance)
         self._lives: dict[int, tuple[int, str]] = {}
+        self._places: dict[int, str] = {}
         self._lacks_rights = False
 
     @property
@@ -85,10 +89,10 @@ class PostgresqlOutboxLog:
     async def advance(self, leases: Sequence[Lease], ttl: timedelta, deferrals: Sequence[Deferral] = ()) -> list[Lease]:
         if not leases:
             return []
-        statement, others = self._sql.advance, list[object]([ttl])
+        move = partial(self._advance, ttl=ttl)
         if deferrals:
-            statement, others = self._aside.advance, [ttl, *deferral_columns(deferrals)]
-        rows = await self._run_change(partial(self._move, statement=statement, leases=list(leases), others=others))
+            move = partial(self._write, statement=self._aside.advance, others=[ttl, *deferral_columns(deferrals)])
+        rows = await self._run_change(partial(self._move, leases=list(leases), move=move))
         mine = {(row["slice"], row["epoch"]) for row in rows}
         kept = [lease for lease in leases if (lease.slice, lease.epoch) in mine]
         self._waker.let_go({lease.slice for lease in leases} - {lease.slice for lease in kept})
@@ -97,7 +101,8 @@ class PostgresqlOutboxLog:
     async def release(self, leases: Sequence[Lease]) -> None:
         if leases:
             self._waker.let_go([lease.slice for lease in leases])
-            await self._run_change(partial(self._move, statement=self._sql.release, leases=list(leases), others=[]))
+            move = partial(self._write, statement=self._sql.release, others=[])
+            await self._run_change(partial(self._move, leases=list(leases), move=move))
 
     async def deferred(self, slices: Collection[int]) -> list[QueueStatus]:
         rows = await self._look(self._aside.queues, list(slices))
@@ -150,16 +155,33 @@ class PostgresqlOutboxLog:
             self._lives |= {row["slice"]: (row["epoch"], life) for row in rows}
             return rows
 
-    async def _move(
-        self, session: Session, *, statement: str, leases: list[Lease], others: Sequence[object]
-    ) -> list[Any]:
-        """Persist the positions of leases of this life by `statement`, and give the other ones up."""
+    async def _move(self, session: Session, *, leases: list[Lease], move: _Move) -> list[Any]:
+        """Persist the positions of leases of this life by `move`, and give the other ones up."""
         async with session.in_one_life() as life:
             valid = [lease for lease in leases if self._is_of(lease, life)]
             if len(valid) < len(leases):
                 void = [lease for lease in leases if lease not in valid]
                 await session.write(self._sql.give_up, [each.slice for each in void], [each.epoch for each in void])
-            return await session.write(statement, *_columns(valid), *others) if valid else []
+            return await move(session, valid) if valid else []
+
+    async def _write(
+        self, session: Session, leases: list[Lease], *, statement: str, others: Sequence[object]
+    ) -> list[Any]:
+        return await session.write(statement, *_columns(leases), *others)
+
+    async def _advance(self, session: Session, leases: list[Lease], *, ttl: timedelta) -> list[Any]:
+        """Go to the rows where the last advance has left them, and look for those that are not there any more.
+
+        While a transaction is open anywhere, all former versions of a row stay, and the index leads along them.
+        """
+        settled = [lease for lease in leases if lease.slice in self._places]
+        places = [self._places[lease.slice] for lease in settled]
+        rows = await session.write(self._sql.advance_there, *_columns(settled), ttl, places) if settled else []
+        found = {row["slice"] for row in rows}
+        missing = [lease for lease in leases if lease.slice not in found]
+        rows += await session.write(self._sql.advance, *_columns(missing), ttl) if missing else []
+        self._places = {row["slice"]: row["place"] for row in rows}
+        return rows
 
     def _is_of(self, lease: Lease, life: str) -> bool:
         """Tell whether a lease is of this life of the server's, as one is that was leased by another store."""
@@ -247,15 +269,13 @@ class _Statements:
             "   order by slice limit $3 for update skip locked))"
             " returning slice, epoch, prev::text as prev, cur::text as cur, after"
         )
-        change = (
-            f"update {slices} s set prev = a.prev::pg_snapshot, cur = a.cur::pg_snapshot, after = a.after,"
-            " {what} from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[], $5::bigint[])"
-            " as a(slice, epoch, prev, cur, after)"
-            f" where s.log = {log} and s.slice = a.slice and s.epoch = a.epoch and s.owner is not null"
-            " returning s.slice, s.epoch"
-        )
-        self.advance = change.format(what="expires_at = clock_timestamp() + $6")
-        self.release = change.format(what="owner = null, expires_at = '-infinity'")
+        prolonged = "expires_at = clock_timestamp() + $6"
+        by_key = f"s.log = {log} and s.slice = a.slice"
+        # Sums, not the columns, so that there is no index to take instead.
+        by_place = f"s.ctid = a.place::tid and s.log + 0 = {log} and s.slice + 0 = a.slice"
+        self.advance = _writing_positions(slices, prolonged, by_key)
+        self.advance_there = _writing_positions(slices, prolonged, by_place, places="$7::text[]")
+        self.release = _writing_positions(slices, "owner = null, expires_at = '-infinity'", by_key)
         self.give_up = (
             f"update {slices} s set owner = null, expires_at = '-infinity'"
             " from unnest($1::smallint[], $2::bigint[]) as a(slice, epoch)"
@@ -292,6 +312,17 @@ class _Statements:
             f" lock table {table} in access exclusive mode;"
             f" do $reclaim$ begin if ({self.passed(partition)}) then truncate {table}; end if; end $reclaim$"
         )
+
+
+def _writing_positions(slices: str, what: str, rows: str, *, places: str = "null::text[]") -> str:
+    """Make the statement that writes positions, and `what`, into the `rows` of leases that still hold."""
+    return (
+        f"update {slices} s set prev = a.prev::pg_snapshot, cur = a.cur::pg_snapshot, after = a.after, {what}"
+        f" from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], {places})"
+        " as a(slice, epoch, prev, cur, after, place)"
+        f" where {rows} and s.epoch = a.epoch and s.owner is not null"
+        " returning s.slice, s.epoch, s.ctid::text as place"
+    )
 
 
 def _columns(leases: Sequence[Lease]) -> Iterable[list[object]]:
