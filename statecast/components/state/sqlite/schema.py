@@ -10,7 +10,9 @@ from statecast.components.state.sqlite.config import SqliteConfig
 
 VERSION = 3
 
-NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%f"
+
+NOW = f"strftime('{TIME_FORMAT}', 'now')"
 """The database's clock as text in UTC, to the millisecond: `2026-01-02 03:04:05.250`.
 
 Dapr writes `expiration_time` in whole seconds and compares it as text with CURRENT_TIMESTAMP, which has whole seconds

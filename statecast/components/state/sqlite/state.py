@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from random import Random
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,8 +48,6 @@ class SqliteStateStore:
         return self._directory
 
     async def __aenter__(self) -> Self:
-        # Seeded here from the system's chance: two processes that fork from one must not make the same etags.
-        self._random = Random()
         async with AsyncExitStack() as opening:
             await self._database.open()
             opening.push_async_callback(self._database.close)
@@ -103,7 +100,7 @@ class SqliteStateStore:
         log, statements, _ = self._require_open()
         if not (commit.operations or commit.records or commit.marks or commit.guards):
             return ()
-        transaction = plan(commit, statements, self._app_id, log, self._random)
+        transaction = plan(commit, statements, self._app_id, log)
         return await self._database.commit(transaction, announces=bool(commit.records))
 
     def _require_open(self) -> tuple[RegisteredLog, Statements, SqliteOutboxLog]:

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 import apsw
+import msgspec
 
 from statecast.components.settlement import wait_for_settlement
 from statecast.components.state.sqlite.errors import ALL_ALIKE, BREAKING, refused
@@ -37,21 +38,18 @@ STRETCH: Final = 0.020
 ROOM: Final = 0.001
 
 
-class _Entry:
+class _Entry(msgspec.Struct, eq=False):
     """One job with its waiter. What the thread leaves in `value` or `error` the loop reads once it is delivered."""
 
-    __slots__ = ("announces", "error", "future", "is_taken", "is_withdrawn", "job", "settled", "since", "value")
-
-    def __init__(self, job: Job[Any], future: asyncio.Future[Any], announces: bool, since: float) -> None:
-        self.job = job
-        self.future = future
-        self.announces = announces
-        self.since = since
-        self.is_taken = False
-        self.is_withdrawn = False
-        self.settled: asyncio.Future[None] | None = None
-        self.value: Any = None
-        self.error: Exception | None = None
+    job: Job[Any]
+    future: asyncio.Future[Any]
+    announces: bool
+    since: float
+    is_taken: bool = False
+    is_withdrawn: bool = False
+    settled: asyncio.Future[None] | None = None
+    value: Any = None
+    error: Exception | None = None
 
 
 class Writer:
@@ -265,8 +263,7 @@ class Writer:
         cursor = self._cursor
         assert cursor is not None
         try:
-            for entry in group:
-                _apply(cursor, entry)
+            _apply(cursor, group)
         except Exception as error:
             self._undo(group, error)
             return
@@ -307,12 +304,14 @@ class Writer:
                 cursor.connection.close(True)
 
 
-def _apply(cursor: apsw.Cursor, entry: _Entry) -> None:
-    changes = cursor.connection.total_changes()
-    try:
-        entry.value = entry.job(cursor)
-    except StatecastError as refusal:
-        if cursor.connection.total_changes() != changes:
-            raise
-        # It refused before its first write, as commits do: nothing of it is there to be undone.
-        entry.error = refusal
+def _apply(cursor: apsw.Cursor, group: list[_Entry]) -> None:
+    total_changes = cursor.connection.total_changes
+    for entry in group:
+        changes = total_changes()
+        try:
+            entry.value = entry.job(cursor)
+        except StatecastError as refusal:
+            if total_changes() != changes:
+                raise
+            # It refused before its first write, as commits do: nothing of it is there to be undone.
+            entry.error = refusal
