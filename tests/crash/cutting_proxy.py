@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 
 _CHUNK_BYTES = 1 << 16
 _PATIENCE_SECONDS = 10
+# What is done but not ended, PostgreSQL holds the locks of until the rest comes: a repeated commit would wait for that.
+_SYNC_BYTES = 5
+_BYTES_UNDONE = _SYNC_BYTES + 1
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -167,11 +170,13 @@ class CuttingProxy:
         if cut is None or cut.side is not side:
             writer.write(chunk)
             return
-        passed = chunk[: self._left]
-        writer.write(passed)
+        passed, rest = chunk[: self._left], chunk[self._left :]
         self._left -= len(passed)
+        if cut.ending is Ending.LATE and 0 < len(rest) <= _SYNC_BYTES:
+            passed, rest = chunk[:-_BYTES_UNDONE], chunk[-_BYTES_UNDONE:]
+        writer.write(passed)
         if self._left == 0:
-            self._make(cut, way, chunk[len(passed) :])
+            self._make(cut, way, rest)
 
     def _make(self, cut: Cut, way: _Way, rest: bytes) -> None:
         self._cut = None
