@@ -26,6 +26,7 @@ from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, Delete, OutboxRecord, Upsert
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.config import read_config
+from statecast.components.state.postgresql.connecting import PLANNING
 from statecast.components.state.postgresql.migration import find_layout, migrate
 from statecast.runtime.servers import ServerKind, Servers
 
@@ -108,28 +109,18 @@ def _calls_per_second(url: str, function: str, *, seconds: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "commit.sql")
         script.write_text(_script(function))
+        duration = str(math.ceil(seconds))
         address = urlsplit(url)
         output = subprocess.check_output(
             [
-                *(
-                    _pgbench(),
-                    "-n",
-                    "-M",
-                    "prepared",
-                    "-c",
-                    str(CONNECTIONS),
-                    "-T",
-                    str(math.ceil(seconds)),
-                    "-f",
-                    str(script),
-                ),
+                *(_pgbench(), "-n", "-M", "prepared", "-c", str(CONNECTIONS), "-T", duration, "-f", str(script)),
                 *("-h", str(address.hostname), "-p", str(address.port), "-U", str(address.username)),
                 address.path.removeprefix("/"),
             ],
             env={
                 **os.environ,
                 "PGPASSWORD": address.password or "",
-                "PGOPTIONS": "-c jit=off -c enable_seqscan=off",  # as our sessions are
+                "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in PLANNING.items()),
             },
             text=True,
         )

@@ -24,15 +24,18 @@ _SERVER_SHARE = 0.9
 # Each statement of the commit function must see what was committed while the one before it waited.
 _ISOLATION = "read committed"
 
-# A plan is made once and kept for as long as the connection, also one that was made while a table was small. So none
-# may read all of a table, and what is asked for is joined to a table by looking each up in an index.
-_PLANNING = {
+PLANNING = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "jit": "off",
 }
+"""The settings of all sessions for the planner.
+
+A plan is made once and kept for as long as the connection, also one that was made while a table was small. So none may
+read all of a table, and what is asked for is joined to a table by looking each up in an index.
+"""
 
 _ARRAYS = ("boolean", "smallint", "integer", "bigint", "float8", "text", "bytea", "uuid", "timestamptz")
 
@@ -59,7 +62,7 @@ async def _connect(config: PostgresqlConfig, application: str, seconds: float) -
             "application_name": application,
             "statement_timeout": str(_server_milliseconds(config)),
             "default_transaction_isolation": _ISOLATION,
-            **_PLANNING,
+            **PLANNING,
         },
     )
 
@@ -77,7 +80,7 @@ def settings_of_statement(config: PostgresqlConfig) -> str:
     if not config.is_pooled:
         return ""
     # A time for the whole statement would count from the next one on.
-    settings = {**_PLANNING, "lock_timeout": str(_server_milliseconds(config))}
+    settings = {**PLANNING, "lock_timeout": str(_server_milliseconds(config))}
     return " from " + ", ".join(f"set_config('{name}', '{value}', true) as {name}" for name, value in settings.items())
 
 
