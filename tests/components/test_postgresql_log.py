@@ -279,7 +279,7 @@ async def test_slices_that_were_read_apart_are_at_the_same_position_after_the_ne
     leases = await store.log.acquire("relay", 16, HOUR)
     apart: list[Lease] = []
     for lease in leases:
-        await append(store, lease.position, order_key=f"orders||{lease.slice}")
+        await append(store, f"news-{lease.slice}", order_key=f"orders||{lease.slice}")
         apart += (await store.log.read([lease], 100)).leases
     await append(store, "news")
 
@@ -341,9 +341,8 @@ async def test_an_advance_takes_no_longer_while_a_transaction_is_left_open(
 ) -> None:
     """All versions of the slices' rows stay then; an advance must not walk along those of all before it."""
     leases = await store.log.acquire("relay", 16, HOUR)
-    foreign = await asyncpg.connect(postgresql_url)
-    async with foreign.transaction(isolation="repeatable_read"):
-        await foreign.fetchval("select pg_current_snapshot()")
+    async with asyncpg.create_pool(postgresql_url, min_size=1, max_size=1) as pool, pool.acquire() as foreign:
+        await foreign.execute("begin isolation level repeatable read; select pg_current_snapshot()")
         for _ in range(300):
             assert len(await store.log.advance(leases, HOUR)) == 16
         before = await blocks_looked_at(store, admin, "statecast_slice")
@@ -352,7 +351,6 @@ async def test_an_advance_takes_no_longer_while_a_transaction_is_left_open(
             await store.log.advance(leases, HOUR)
 
         assert 0 < await blocks_looked_at(store, admin, "statecast_slice") - before < 20 * 16 * 25
-    await foreign.close()
 
 
 async def test_an_advance_finds_rows_that_were_moved_by_others(

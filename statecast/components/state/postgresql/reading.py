@@ -34,7 +34,7 @@ class LogReader:
     def __init__(self, outbox: str) -> None:
         self._new = (
             f"with {_SNAPSHOTS},"
-            f" new as materialized ({_new_rows(outbox, ENTRY_COLUMNS, 'order by xid limit $4 + 1')}),"
+            f" new as materialized ({_new_rows(outbox, ENTRY_COLUMNS)}),"
             " total as materialized (select count(*) as total from new)"
             # The text of a snapshot may be long; it comes with the first row.
             " select case when bytes_ahead > 0 then null else cur::text end as cur, total, e.*"
@@ -44,7 +44,7 @@ class LogReader:
         )
         self._first = (
             f"with {_SNAPSHOTS} select count(*) as total, coalesce(min(id), 0) as id"
-            f" from ({_new_rows(outbox, 'id', 'order by xid limit $4 + 1')}) new"
+            f" from ({_new_rows(outbox, 'id')}) new"
         )
         self._steps = up_to_read_bytes(
             f"select {ENTRY_COLUMNS} from {outbox} where slice = any ($1::smallint[]) and id > $4"
@@ -108,13 +108,14 @@ def _behind(position: Position, rows: Sequence[Any], *, is_all: bool) -> Positio
     return position.end if is_all else position.behind(rows[-1]["id"])
 
 
-def _new_rows(outbox: str, columns: str, order: str) -> str:
+def _new_rows(outbox: str, columns: str) -> str:
     """Select what is visible in the later snapshot and was not in the earlier one: it is of a transaction that began
-    after that, or was under way then. Each half walks along the index on `xid`."""
+    after that, or was under way then. Each half walks along the index on `xid`, and ends with one more than $4."""
+    first = "order by xid limit $4 + 1"
     which = f"from {outbox} where slice = any ($1::smallint[]) and pg_visible_in_snapshot(xid, {_CUR})"
     return (
         f"(select {columns} {which} and xid >= (select pg_snapshot_xmax(prev) from snapshots)"
-        f" and xid < (select pg_snapshot_xmax(cur) from snapshots) {order})"
+        f" and xid < (select pg_snapshot_xmax(cur) from snapshots) {first})"
         f" union all (select {columns} {which}"
-        f" and xid = any (array(select pg_snapshot_xip(prev) from snapshots)) {order})"
+        f" and xid = any (array(select pg_snapshot_xip(prev) from snapshots)) {first})"
     )

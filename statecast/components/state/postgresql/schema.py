@@ -39,7 +39,7 @@ COMMIT_PARAMETERS = (
 )
 """The parameters of the commit function: guards, operations, marks and events, each with the commit it is of."""
 
-# These arrays come as they are: of bytes, of what is mostly null, and of guards and marks, which are few.
+# These arrays come as they are: of bytes, of what is mostly null, and of marks, which are few.
 _AS_ARRAY = frozenset({"o_value", "o_expected", "o_ttl", "e_body", "m_digest", "m_ttl", "m_etags"})
 
 
