@@ -17,7 +17,7 @@ import pytest
 
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
-from statecast.components.state.commit import Commit, ETag, Upsert
+from statecast.components.state.commit import Commit, Delete, ETag, Upsert
 from statecast.components.state.sqlite.state import SqliteStateStore
 from statecast.components.testing.deadline import PATIENCE
 from statecast.components.testing.log import drain, new_record
@@ -133,6 +133,35 @@ async def test_a_refused_commit_leaves_its_neighbours_in_the_group(path: Path) -
         items = await store.bulk_get([f"orders||{number}" for number in range(60)])
         assert {number for number, item in enumerate(items) if item is None} == refused
         assert {int(record.event_id) for record in await drain(store.log)} == set(range(60)) - refused
+
+
+async def test_commits_of_a_group_keep_their_order_whether_they_look_first_or_not(path: Path) -> None:
+    keys = [f"orders||{number % 3}" for number in range(150)]
+    deletes = set(range(0, 150, 7))
+    async with new_store(path) as store:
+        before = transactions_in_log(path)
+
+        etags = await asyncio.gather(
+            *(
+                store.transact(
+                    Commit(
+                        (Delete(key) if number in deletes else Upsert(key, str(number).encode()),),
+                        (new_record(key, str(number)),),
+                    )
+                )
+                for number, key in enumerate(keys)
+            )
+        )
+
+        assert transactions_in_log(path) - before <= 3
+        items = await store.bulk_get(keys[-3:])
+        assert [(item.value, item.etag) if item else None for item in items] == [
+            None if number in deletes else (str(number).encode(), *etags[number]) for number in range(147, 150)
+        ]
+        assert None in items
+        told = [int(record.event_id) for record in await drain(store.log)]
+        assert sorted(told) == list(range(150))
+        assert all(of_key == sorted(of_key) for of_key in ([n for n in told if n % 3 == key] for key in range(3)))
 
 
 async def test_a_commit_that_fails_halfway_leaves_nothing_of_it_and_all_of_its_neighbours(path: Path) -> None:

@@ -14,7 +14,7 @@ import apsw
 from statecast.components.state.sqlite.config import SqliteConfig
 from statecast.components.state.sqlite.errors import BREAKING, refused
 from statecast.components.state.sqlite.schema import migrate
-from statecast.components.state.sqlite.writer import Job, Writer
+from statecast.components.state.sqlite.writer import Job, Joint, Writer
 from statecast.errors import ComponentError, OutcomeUnknown, StoreUnavailable
 
 T = TypeVar("T")
@@ -52,9 +52,9 @@ class Database:
         if writer is not None:
             await writer.close()
 
-    def commit(self, job: Job[T], *, announces: bool = False) -> Awaitable[T]:
+    def commit(self, job: Job[T], *, joint: Joint[T] | None = None, announces: bool = False) -> Awaitable[T]:
         """Run `job` in a transaction, as `Writer.run` says."""
-        return self._require_open().run(job, announces=announces)
+        return self._require_open().run(job, joint=joint, announces=announces)
 
     async def write(self, job: Job[T]) -> T:
         """Run `job` in a transaction; for what may be repeated, so that an unknown outcome is StoreUnavailable too."""

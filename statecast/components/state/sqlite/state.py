@@ -17,7 +17,7 @@ from statecast.components.state.sqlite.log import SqliteOutboxLog
 from statecast.components.state.sqlite.rows import ItemRow, item_of, select_items
 from statecast.components.state.sqlite.schema import RegisteredLog, register_log
 from statecast.components.state.sqlite.sweep import Sweeper
-from statecast.components.state.sqlite.transaction import Statements, plan, statements
+from statecast.components.state.sqlite.transaction import Statements, apply_blind, plan, statements
 from statecast.components.state.sweeping import sweeping
 from statecast.errors import StoreUnavailable
 
@@ -101,7 +101,8 @@ class SqliteStateStore:
         if not (commit.operations or commit.records or commit.marks or commit.guards):
             return ()
         transaction = plan(commit, statements, self._app_id, log)
-        return await self._database.commit(transaction, announces=bool(commit.records))
+        joint = apply_blind if transaction.is_blind else None
+        return await self._database.commit(transaction, joint=joint, announces=bool(commit.records))
 
     def _require_open(self) -> tuple[RegisteredLog, Statements, SqliteOutboxLog]:
         if self._opened is None:

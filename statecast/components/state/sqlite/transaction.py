@@ -35,7 +35,8 @@ from statecast.errors import Duplicate, ETagMismatch, Fenced, InvalidRequest
 UpsertRow = tuple[str, str, bool, ETag, str | None]
 MarkRow = tuple[int, bytes, float, str]
 
-_WHOLE_SECONDS: Final = len("2026-01-02 03:04:05")
+_ROWS_AT_ONCE: Final = 32
+"""Each number of rows is a statement of its own, and the connection keeps a hundred statements prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +45,31 @@ class Statements:
 
     etag: str
     upsert: str
+    upsert_all: Sequence[str]
     delete: str
     append: str
+    append_all: Sequence[str]
     claim: str
     find_mark: str
     set_mark: str
 
 
 def statements(table: str, log: RegisteredLog) -> Statements:
+    columns = "key, value, is_binary, etag, expiration_time, update_time"
+    upsert = f"""INSERT INTO "{table}" ({columns}) VALUES {{rows}}
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value, is_binary = excluded.is_binary,
+          etag = excluded.etag, expiration_time = excluded.expiration_time, update_time = excluded.update_time"""
+    append = f'INSERT INTO "{log.outbox}" ({RECORD_COLUMNS}, created_at) VALUES {{rows}}'
     return Statements(
         etag=f"""SELECT etag FROM "{table}"
             WHERE key = ? AND (expiration_time IS NULL OR expiration_time > {NOW})""",
-        upsert=f"""INSERT INTO "{table}" (key, value, is_binary, etag, expiration_time, update_time)
-            VALUES (?1, ?2, ?3, ?4, CASE WHEN ?5 IS NULL THEN NULL ELSE strftime('{TIME_FORMAT}', 'now', ?5) END, ?6)
-            ON CONFLICT (key) DO UPDATE SET value = excluded.value, is_binary = excluded.is_binary,
-              etag = excluded.etag, expiration_time = excluded.expiration_time, update_time = excluded.update_time""",
+        upsert=upsert.format(
+            rows=f"(?1, ?2, ?3, ?4, CASE WHEN ?5 IS NULL THEN NULL ELSE strftime('{TIME_FORMAT}', 'now', ?5) END, ?6)"
+        ),
+        upsert_all=[upsert.format(rows=_placeholders(6, rows)) for rows in range(_ROWS_AT_ONCE + 1)],
         delete=f'DELETE FROM "{table}" WHERE key = ?',
-        append=f"""INSERT INTO "{log.outbox}"
-            ({RECORD_COLUMNS}, created_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        append=append.format(rows=_placeholders(9, 1)),
+        append_all=[append.format(rows=_placeholders(9, rows)) for rows in range(_ROWS_AT_ONCE + 1)],
         claim="SELECT 1 FROM statecast_claims WHERE app_id = ? AND type = ? AND id = ? AND token = ?",
         find_mark="""SELECT etags FROM statecast_marks
             WHERE log = ? AND digest = ? AND expires_at > unixepoch('subsec')""",
@@ -71,14 +78,22 @@ def statements(table: str, log: RegisteredLog) -> Statements:
     )
 
 
+def _placeholders(columns: int, rows: int) -> str:
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
+
+
 class Changes(msgspec.Struct):
-    """What the operations of a commit come to. `contradiction`: two of their conditions cannot both hold."""
+    """What the operations of a commit come to. `contradiction`: two of their conditions cannot both hold.
+
+    They are blind if they look at nothing that is there, and no value of theirs expires.
+    """
 
     conditions: Sequence[tuple[str, ETag | Absent]] = ()
     contradiction: ETagMismatch | None = None
     upserts: Sequence[UpsertRow] = ()
     deletes: Sequence[str] = ()
     etags: tuple[ETag | None, ...] = ()
+    is_blind: bool = False
 
 
 class Transaction(msgspec.Struct):
@@ -91,20 +106,24 @@ class Transaction(msgspec.Struct):
     changes: Changes
     records: list[RecordRow]
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether it may be given to `apply_blind`."""
+        return self.changes.is_blind and not self.marks and not self.guards
+
     def __call__(self, cursor: apsw.Cursor) -> tuple[ETag | None, ...]:
         """Check everything, then write. Raises Duplicate, Fenced, ETagMismatch before the first write."""
         self._check(cursor)
         execute = cursor.execute
         for mark in self.marks:
             execute(self.statements.set_mark, mark)
-        # Much cheaper than letting the database tell the time for every row.
-        now = _text_of_time(time.time_ns() // 1_000_000)
+        second, millisecond = _now()
         for row in self.changes.upserts:
-            execute(self.statements.upsert, (*row, now[:_WHOLE_SECONDS]))
+            execute(self.statements.upsert, (*row, second))
         for key in self.changes.deletes:
             execute(self.statements.delete, (key,))
         for record in self.records:
-            execute(self.statements.append, (*record, now))
+            execute(self.statements.append, (*record, millisecond))
         return self.changes.etags
 
     def _check(self, cursor: apsw.Cursor) -> None:
@@ -121,6 +140,31 @@ class Transaction(msgspec.Struct):
             found = execute(self.statements.etag, (key,)).fetchall()
             if found if expected is ABSENT else found != [(expected,)]:
                 raise ETagMismatch(key, None if expected is ABSENT else expected)
+
+
+def apply_blind(cursor: apsw.Cursor, transactions: Sequence[Transaction]) -> list[tuple[ETag | None, ...]]:
+    """Apply transactions that are blind, in their order: a statement for many rows takes half as long as many for one.
+
+    Not the whole of one and then of the next, but the values of all and then their records: within one transaction of
+    the database nobody can tell.
+    """
+    statements = transactions[0].statements
+    second, millisecond = _now()
+    # What stands for the time to live is null in all of them, as is the expiration time of what does not expire.
+    _insert(cursor, statements.upsert_all, [row for each in transactions for row in each.changes.upserts], second)
+    _insert(cursor, statements.append_all, [row for each in transactions for row in each.records], millisecond)
+    return [each.changes.etags for each in transactions]
+
+
+def _insert(cursor: apsw.Cursor, statements: Sequence[str], rows: Sequence[tuple[Any, ...]], last: str) -> None:
+    """Insert rows with `last` as their last column; `statements` has one for each number of rows."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        chunk = rows[start : start + _ROWS_AT_ONCE]
+        bindings: list[Any] = []
+        for row in chunk:
+            bindings += row
+            bindings.append(last)
+        cursor.execute(statements[len(chunk)], bindings)
 
 
 def plan(commit: Commit, statements: Statements, app_id: str, log: RegisteredLog) -> Transaction:
@@ -158,18 +202,21 @@ def _changes(operations: tuple[Operation, ...]) -> Changes:
     if len(operations) == 1 and _is_plain(operations[0]):
         # By far the most frequent commit; the general way below comes to the same and takes 8 µs more.
         row = _upsert_row(operations[0])
-        return Changes(upserts=[row], etags=(row[3],))
+        return Changes(upserts=[row], etags=(row[3],), is_blind=row[4] is None)
     try:
         changes = collapse(operations)
     except ETagMismatch as mismatch:
         # It is raised in its turn: a mark that is set already, or a guard, goes before it.
         return Changes(contradiction=mismatch)
     upserts = [_upsert_row(change.write) for change in changes if isinstance(change.write, Upsert)]
+    conditions = [(change.key, change.expected) for change in changes if change.expected is not None]
+    deletes = [change.key for change in changes if isinstance(change.write, Delete)]
     return Changes(
-        conditions=[(change.key, change.expected) for change in changes if change.expected is not None],
+        conditions=conditions,
         upserts=upserts,
-        deletes=[change.key for change in changes if isinstance(change.write, Delete)],
+        deletes=deletes,
         etags=etags_after(operations, {row[0]: row[3] for row in upserts}),
+        is_blind=not conditions and not deletes and all(row[4] is None for row in upserts),
     )
 
 
@@ -196,8 +243,14 @@ def _modifier(ttl: timedelta) -> str:
     return f"{ttl.total_seconds():+.3f} seconds"
 
 
+def _now() -> tuple[str, str]:
+    """Tell the time as CURRENT_TIMESTAMP and as NOW write it; much cheaper than to let the database do so by row."""
+    seconds, milliseconds = divmod(time.time_ns() // 1_000_000, 1_000)
+    text = _text_of_time(seconds)
+    return text, f"{text}.{milliseconds:03d}"
+
+
 @lru_cache(maxsize=1)
-def _text_of_time(milliseconds: int) -> str:
-    """Write a time since 1970 as NOW does; commits of one group mostly ask for the same."""
-    seconds, fraction = divmod(milliseconds, 1_000)
-    return time.strftime(f"%Y-%m-%d %H:%M:%S.{fraction:03d}", time.gmtime(seconds))
+def _text_of_time(seconds: int) -> str:
+    """Write a time since 1970; most commits ask for the same as the one before."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

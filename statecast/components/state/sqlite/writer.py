@@ -4,9 +4,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import groupby
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
@@ -30,6 +31,9 @@ A job that checks first and writes then costs nothing more when it refuses. (A s
 and costs every job a fifth of its time in SQLite.) Any other failure undoes the group, and its jobs run one by one.
 """
 
+Joint = Callable[[apsw.Cursor, Sequence[Any]], Iterable[T]]
+"""Does many jobs at once, as if one after the other, and gives the result of each. It refuses none of them."""
+
 GROUP_SIZE: Final = 512
 """A group takes no more ticks of the loop once it has so many jobs."""
 
@@ -42,6 +46,7 @@ class _Entry(msgspec.Struct, eq=False):
     """One job with its waiter. What the thread leaves in `value` or `error` the loop reads once it is delivered."""
 
     job: Job[Any]
+    joint: Joint[Any] | None
     future: asyncio.Future[Any]
     announces: bool
     since: float
@@ -106,8 +111,10 @@ class Writer:
         self._answer_all()
         self._ended.set_result(None)
 
-    async def run(self, job: Job[T], *, announces: bool = False) -> T:
+    async def run(self, job: Job[T], *, joint: Joint[T] | None = None, announces: bool = False) -> T:
         """Run `job` in a transaction and return its result once that is committed.
+
+        Jobs of one group that follow each other and have the same `joint` are done by one call of it.
 
         Raises what the job raises, StoreUnavailable when it is proven that nothing was written, OutcomeUnknown when
         it is not. Cancelled while it is queued, the job is withdrawn; cancelled in a group, it waits for the outcome,
@@ -116,7 +123,7 @@ class Writer:
         if not self._is_open:
             raise StoreUnavailable(f"{self._location} is not open")
         loop = self._loop
-        entry = _Entry(job, loop.create_future(), announces, loop.time())
+        entry = _Entry(job, joint, loop.create_future(), announces, loop.time())
         self._pending[entry] = None
         if self._watchdog is None:
             self._watchdog = loop.call_at(entry.since + self._timeout, self._expire)
@@ -305,8 +312,22 @@ class Writer:
 
 
 def _apply(cursor: apsw.Cursor, group: list[_Entry]) -> None:
+    for joint, entries in groupby(group, _joint_of):
+        if joint is None:
+            _apply_each(cursor, entries)
+        else:
+            together = list(entries)
+            for entry, value in zip(together, joint(cursor, [entry.job for entry in together]), strict=True):
+                entry.value = value
+
+
+def _joint_of(entry: _Entry) -> Joint[Any] | None:
+    return entry.joint
+
+
+def _apply_each(cursor: apsw.Cursor, entries: Iterable[_Entry]) -> None:
     total_changes = cursor.connection.total_changes
-    for entry in group:
+    for entry in entries:
         changes = total_changes()
         try:
             entry.value = entry.job(cursor)
