@@ -28,14 +28,14 @@ from statecast.components.state.commit import (
 from statecast.components.state.log import Deferral, DeferredQueue, Failure, QueueProgress
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
-from statecast.components.state.postgresql.config import QualifiedName
-from statecast.components.state.postgresql.schema import (
+from statecast.components.state.postgresql.commit_function import (
     COMMIT_ARGUMENTS,
     COMMIT_PARAMETERS,
     COMMIT_REVISION,
-    Layout,
     commit_statement,
 )
+from statecast.components.state.postgresql.config import QualifiedName
+from statecast.components.state.postgresql.schema import Layout
 from statecast.components.testing.deadline import until
 from statecast.errors import (
     Duplicate,

@@ -26,8 +26,8 @@ from statecast.components.state.log import (
 )
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.components.state.postgresql.call import CommitCall, PreparedCommit
+from statecast.components.state.postgresql.commit_function import COMMIT_ARGUMENTS
 from statecast.components.state.postgresql.position import Position
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS
 from statecast.components.testing.deadline import until
 from tests.components.rows_fetched import blocks_looked_at, rows_fetched
 

@@ -15,9 +15,10 @@ import orjson
 from statecast import Check, Component, ETag, TraceContext, upsert
 from statecast.components.state.commit import Commit, Operation
 from statecast.components.state.postgresql.call import Applied, CommitCall, Outcome, PreparedCommit
+from statecast.components.state.postgresql.commit_function import COMMIT_ARGUMENTS
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.migration import find_layout
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, PARTITION_BITS, Layout
+from statecast.components.state.postgresql.schema import PARTITION_BITS, Layout
 from statecast.outbox.event import EventIds, EventSource
 from statecast.outbox.plan import Outbox, plan_commit
 from tests.crash.arena import APP, PUBSUB, STORE

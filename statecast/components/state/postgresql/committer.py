@@ -16,10 +16,10 @@ from typing import Final
 from statecast.components.settlement import wait_for_settlement
 from statecast.components.state.commit import Commit, ETag
 from statecast.components.state.postgresql.call import Applied, Busy, CommitCall, Outcome, PreparedCommit, Refused
+from statecast.components.state.postgresql.commit_function import MOST_LOCKS
 from statecast.components.state.postgresql.failures import Contended
 from statecast.components.state.postgresql.lanes import Lanes, Session
 from statecast.components.state.postgresql.queue import CommitQueue, Limits, take_batch
-from statecast.components.state.postgresql.schema import MOST_LOCKS
 from statecast.components.state.postgresql.wake import Waker
 from statecast.errors import InvalidRequest, OutcomeUnknown, StatecastError, StoreUnavailable
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import asyncpg
 
 from statecast.components.state.log import DEFAULT_SLICES
-from statecast.components.state.postgresql.config import PostgresqlConfig, QualifiedName
-from statecast.components.state.postgresql.schema import (
+from statecast.components.state.postgresql.commit_function import (
     COMMIT_PARAMETERS,
     COMMIT_REVISION,
-    Layout,
     commit_statement,
+)
+from statecast.components.state.postgresql.config import PostgresqlConfig, QualifiedName
+from statecast.components.state.postgresql.schema import (
+    Layout,
     log_statements,
     metadata_statements,
     own_statements,

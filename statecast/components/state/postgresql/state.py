@@ -14,6 +14,7 @@ import asyncpg
 from statecast.clock import Clock
 from statecast.components.manifest import Component
 from statecast.components.state.commit import Commit, ETag, Item
+from statecast.components.state.postgresql.commit_function import COMMIT_ARGUMENTS
 from statecast.components.state.postgresql.committer import Committer, CommitterOptions
 from statecast.components.state.postgresql.config import read_config
 from statecast.components.state.postgresql.connecting import (
@@ -28,7 +29,7 @@ from statecast.components.state.postgresql.lanes import Lanes
 from statecast.components.state.postgresql.log import PostgresqlOutboxLog
 from statecast.components.state.postgresql.migration import Log, find_layout, migrate, pending_statements
 from statecast.components.state.postgresql.residence import Residence
-from statecast.components.state.postgresql.schema import COMMIT_ARGUMENTS, Layout
+from statecast.components.state.postgresql.schema import Layout
 from statecast.components.state.postgresql.sweep import Sweeper
 from statecast.components.state.postgresql.wake import Waker
 from statecast.components.state.sweeping import sweeping
