@@ -16,7 +16,6 @@ from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Annotated, Any
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 from rich.console import Console
@@ -31,7 +30,7 @@ from statecast.errors import Duplicate, InvalidRequest, StatecastError
 from statecast.outbox.relay import RelayOptions
 from statecast.pubsub.cloudevent import CloudEvent
 from statecast.runtime.app import Runtime, RuntimeOptions
-from statecast.runtime.servers import ServerKind, Servers
+from statecast.runtime.servers import ServerKind, Servers, component_metadata
 from statecast.runtime.state import StateClient
 
 STORE, PUBSUB = "statestore", "pubsub"
@@ -341,10 +340,9 @@ def _state_component(store: DemoStore, folder: Path, servers: Servers, outbox: d
         case DemoStore.SQLITE:
             return Component(STORE, "state.sqlite", metadata={"connectionString": str(folder / "demo.db"), **outbox})
         case DemoStore.POSTGRESQL:
-            url = servers.get(ServerKind.POSTGRESQL).address
-            return Component(STORE, "state.postgresql", "v2", {"connectionString": url, **outbox})
+            return Component(STORE, "state.postgresql", "v2", _metadata(servers, ServerKind.POSTGRESQL) | outbox)
         case DemoStore.REDIS:
-            return Component(STORE, "state.redis", metadata={**_redis_metadata(servers), **outbox})
+            return Component(STORE, "state.redis", metadata=_metadata(servers, ServerKind.REDIS) | outbox)
 
 
 def _broker_component(broker: DemoBroker, servers: Servers) -> Component:
@@ -352,22 +350,13 @@ def _broker_component(broker: DemoBroker, servers: Servers) -> Component:
         case DemoBroker.IN_MEMORY:
             return Component(PUBSUB, "pubsub.in-memory")
         case DemoBroker.REDIS:
-            return Component(PUBSUB, "pubsub.redis", metadata=_redis_metadata(servers))
+            return Component(PUBSUB, "pubsub.redis", metadata=_metadata(servers, ServerKind.REDIS))
         case DemoBroker.KAFKA:
-            address = servers.get(ServerKind.KAFKA).address
-            return Component(PUBSUB, "pubsub.kafka", metadata={"brokers": address, "authType": "none"})
+            return Component(PUBSUB, "pubsub.kafka", metadata=_metadata(servers, ServerKind.KAFKA))
 
 
-def _redis_metadata(servers: Servers) -> dict[str, str]:
-    url = urlsplit(servers.get(ServerKind.REDIS).address)
-    given = {
-        "redisHost": url.netloc.rpartition("@")[2],
-        "redisDB": url.path.strip("/"),
-        "redisUsername": unquote(url.username or ""),
-        "redisPassword": unquote(url.password or ""),
-        "enableTLS": "true" if url.scheme == "rediss" else "",
-    }
-    return {name: value for name, value in given.items() if value}
+def _metadata(servers: Servers, kind: ServerKind) -> dict[str, str]:
+    return component_metadata(kind, servers.get(kind).address)
 
 
 async def _arrival(complete: asyncio.Event | None, console: Console) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
 from statecast.errors import StatecastError
 
@@ -31,6 +32,26 @@ class Server:
     version: str
     origin: str
     address: str
+
+
+def component_metadata(kind: ServerKind, address: str) -> dict[str, str]:
+    """Make the metadata with which a component of this kind reaches the server at such an address."""
+    match kind:
+        case ServerKind.POSTGRESQL:
+            return {"connectionString": address}
+        case ServerKind.REDIS:
+            url = urlsplit(address)
+            database = url.path.strip("/")
+            given = {
+                "redisHost": url.netloc.rpartition("@")[2],
+                "redisDB": "" if database == "0" else database,
+                "redisUsername": unquote(url.username or ""),
+                "redisPassword": unquote(url.password or ""),
+                "enableTLS": "true" if url.scheme == "rediss" else "",
+            }
+            return {name: value for name, value in given.items() if value}
+        case ServerKind.KAFKA:
+            return {"brokers": address, "authType": "none"}
 
 
 @dataclass(frozen=True, slots=True)

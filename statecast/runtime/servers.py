@@ -22,6 +22,7 @@ from statecast.runtime.server import (
     ServerKind,
     ServerMissing,
     Variant,
+    component_metadata,
 )
 from statecast.runtime.server_answers import ask_version
 from statecast.runtime.server_containers import ContainerServer, find_image, why_no_docker
@@ -38,6 +39,7 @@ __all__ = [
     "ServerMissing",
     "Servers",
     "Variant",
+    "component_metadata",
     "find_means",
     "start_server",
 ]

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import click
 
 from statecast.errors import StatecastError
 from statecast.runtime.detached_servers import Condition, DetachedServer, DetachedServers
-from statecast.runtime.server import Server, ServerKind
+from statecast.runtime.server import Server, ServerKind, component_metadata
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -76,16 +75,15 @@ def status(kinds: Sequence[str], as_json: bool) -> None:
 
 def component_hint(server: Server) -> str:
     """Return the YAML of the components that use the server: one document for each."""
-    parts = urlsplit(server.address if "://" in server.address else f"//{server.address}")
-    host = f"{parts.hostname}:{parts.port}"
+    metadata = component_metadata(server.kind, server.address)
     match server.kind:
         case ServerKind.POSTGRESQL:
-            return _component("statestore", "state.postgresql", "v2", {"connectionString": server.address})
+            return _component("statestore", "state.postgresql", "v2", metadata)
         case ServerKind.REDIS:
-            store = _component("statestore", "state.redis", "v1", {"redisHost": host})
-            return f"{store}\n---\n{_component('pubsub', 'pubsub.redis', 'v1', {'redisHost': host})}"
+            store = _component("statestore", "state.redis", "v1", metadata)
+            return f"{store}\n---\n{_component('pubsub', 'pubsub.redis', 'v1', metadata)}"
         case ServerKind.KAFKA:
-            return _component("pubsub", "pubsub.kafka", "v1", {"brokers": host, "authType": "none"})
+            return _component("pubsub", "pubsub.kafka", "v1", metadata)
 
 
 def _component(name: str, type_: str, version: str, metadata: dict[str, str]) -> str:

@@ -22,7 +22,7 @@ from statecast.components.state.redis.database import Database
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, Duplicate, ETagMismatch, OutcomeUnknown, StatecastError, StoreUnavailable
-from statecast.runtime.servers import PrivateServer, ServerKind
+from statecast.runtime.servers import PrivateServer, ServerKind, component_metadata
 
 StartServer = Callable[[ServerKind], PrivateServer]
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b"{}")
@@ -35,7 +35,7 @@ def server(private_server: StartServer) -> PrivateServer:
 
 
 def redis_store(url: str, **metadata: str) -> RedisStateStore:
-    address = {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/")}
+    address = component_metadata(ServerKind.REDIS, url)
     component = Component("statestore", "state.redis", "v1", {**address, **metadata})
     return RedisStateStore(component, app_id="orders", clock=SystemClock())
 

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgpack  # type: ignore[import-untyped]  # has no stubs
 import pytest
@@ -39,6 +38,7 @@ from statecast.errors import (
     OutcomeUnknown,
     StoreUnavailable,
 )
+from statecast.runtime.servers import ServerKind, component_metadata
 
 STREAMS = "statecast:orders:statestore:outbox"
 RECORD = OutboxRecord("orders||1", "outbox-1", "pubsub", "orders", b'{"id": "\xff"}', {"partitionKey": "1"})
@@ -57,7 +57,7 @@ async def store(redis_url: str) -> AsyncIterator[RedisStateStore]:
 
 
 def redis_store(url: str) -> RedisStateStore:
-    metadata = {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/")}
+    metadata = component_metadata(ServerKind.REDIS, url)
     return RedisStateStore(Component("statestore", "state.redis", "v1", metadata), app_id="orders", clock=SystemClock())
 
 
@@ -184,7 +184,7 @@ async def test_no_transaction_depends_on_a_value_that_could_change_unseen(
     redis_url: str, raw: redis.Redis, command: tuple[str, ...]
 ) -> None:
     run(raw, *command)
-    address = {"redisHost": urlsplit(redis_url).netloc, "redisDB": urlsplit(redis_url).path.strip("/")}
+    address = component_metadata(ServerKind.REDIS, redis_url)
     component = Component("statestore", "state.redis", metadata=address)
     async with (
         Runtime.open([component], app_id="orders", environment={}) as runtime,

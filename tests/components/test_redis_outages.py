@@ -13,7 +13,6 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
@@ -30,7 +29,7 @@ from statecast.errors import Duplicate, OutcomeUnknown, StoreUnavailable
 from statecast.outbox.deferred import RetryOptions
 from statecast.outbox.progress import BackOff
 from statecast.outbox.relay import Relay, RelayOptions
-from statecast.runtime.servers import PrivateServer, ServerKind
+from statecast.runtime.servers import PrivateServer, ServerKind, component_metadata
 
 KEYS = [f"orders||{number}" for number in range(4)]
 
@@ -193,7 +192,7 @@ def redis_store(url: str) -> RedisStateStore:
 
 
 def metadata_of(url: str) -> dict[str, str]:
-    return {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/"), "readTimeout": "400ms"}
+    return component_metadata(ServerKind.REDIS, url) | {"readTimeout": "400ms"}
 
 
 async def let_versions_count_from_one(url: str) -> None:

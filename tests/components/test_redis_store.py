@@ -1,5 +1,3 @@
-from urllib.parse import urlsplit
-
 import pytest
 
 from statecast.clock import SystemClock
@@ -7,10 +5,11 @@ from statecast.components.manifest import Component
 from statecast.components.state.redis.state import RedisStateStore
 from statecast.components.testing import OutboxLogContract, SharedStateStoreContract
 from statecast.components.testing.log import StoreFactory
+from statecast.runtime.servers import ServerKind, component_metadata
 
 
 def redis_store(url: str) -> RedisStateStore:
-    metadata = {"redisHost": urlsplit(url).netloc, "redisDB": urlsplit(url).path.strip("/")}
+    metadata = component_metadata(ServerKind.REDIS, url)
     return RedisStateStore(Component("statestore", "state.redis", "v1", metadata), app_id="orders", clock=SystemClock())
 
 

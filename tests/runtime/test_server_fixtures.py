@@ -1,4 +1,4 @@
-"""The fixtures of tests/conftest.py: what they give is real, fresh and of the kind that was asked for."""
+"""The fixtures of `statecast.testing.fixtures`: what they give is real, fresh and of the kind that was asked for."""
 
 import asyncio
 import uuid
@@ -52,3 +52,29 @@ async def test_the_kafka_broker_takes_a_message(kafka_bootstrap: str) -> None:
         receipt = await producer.send_and_wait(topic, b"hello")
 
     assert (receipt.topic, receipt.offset) == (topic, 0)
+
+
+@pytest.mark.parametrize(("is_ci", "outcome"), [("false", "skipped"), ("true", "failed")])
+def test_without_a_server_a_test_is_skipped_with_the_reason_and_fails_in_ci(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, is_ci: str, outcome: str
+) -> None:
+    monkeypatch.setenv("CI", is_ci)
+    monkeypatch.setenv("STATECAST_TEST_SERVERS", "docker")
+    monkeypatch.delenv("STATECAST_TEST_REDIS_URL", raising=False)
+    monkeypatch.setattr("statecast.runtime.servers.why_no_docker", lambda: "no Docker engine answers")
+    pytester.makeconftest("pytest_plugins = ['statecast.testing.fixtures']")
+    pytester.makepyfile(
+        """
+        from statecast.runtime.servers import ServerKind
+
+        def test_on_redis(redis_metadata):
+            raise AssertionError("there is no server")
+        def test_alone(private_server):
+            private_server(ServerKind.REDIS)
+        """
+    )
+
+    result = pytester.runpytest_inprocess("-rs", "-o", "asyncio_default_fixture_loop_scope=function")
+
+    result.assert_outcomes(**{"skipped": 2} if outcome == "skipped" else {"failed": 1, "errors": 1})
+    result.stdout.fnmatch_lines(["*no Docker engine answers*", "redis: none;*no Docker engine answers"])
