@@ -47,7 +47,6 @@ class Statements:
     upsert: str
     upsert_all: Sequence[str]
     delete: str
-    append: str
     append_all: Sequence[str]
     claim: str
     find_mark: str
@@ -68,7 +67,6 @@ def statements(table: str, log: RegisteredLog) -> Statements:
         ),
         upsert_all=[upsert.format(rows=_placeholders(6, rows)) for rows in range(_ROWS_AT_ONCE + 1)],
         delete=f'DELETE FROM "{table}" WHERE key = ?',
-        append=append.format(rows=_placeholders(9, 1)),
         append_all=[append.format(rows=_placeholders(9, rows)) for rows in range(_ROWS_AT_ONCE + 1)],
         claim="SELECT 1 FROM statecast_claims WHERE app_id = ? AND type = ? AND id = ? AND token = ?",
         find_mark="""SELECT etags FROM statecast_marks
@@ -122,8 +120,7 @@ class Transaction(msgspec.Struct):
             execute(self.statements.upsert, (*row, second))
         for key in self.changes.deletes:
             execute(self.statements.delete, (key,))
-        for record in self.records:
-            execute(self.statements.append, (*record, millisecond))
+        _insert(cursor, self.statements.append_all, self.records, millisecond)
         return self.changes.etags
 
     def _check(self, cursor: apsw.Cursor) -> None:
