@@ -81,17 +81,13 @@ def _placeholders(columns: int, rows: int) -> str:
 
 
 class Changes(msgspec.Struct):
-    """What the operations of a commit come to. `contradiction`: two of their conditions cannot both hold.
-
-    They are blind if they look at nothing that is there, and no value of theirs expires.
-    """
+    """What the operations of a commit come to. `contradiction`: two of their conditions cannot both hold."""
 
     conditions: Sequence[tuple[str, ETag | Absent]] = ()
     contradiction: ETagMismatch | None = None
     upserts: Sequence[UpsertRow] = ()
     deletes: Sequence[str] = ()
     etags: tuple[ETag | None, ...] = ()
-    is_blind: bool = False
 
 
 class Transaction(msgspec.Struct):
@@ -106,8 +102,11 @@ class Transaction(msgspec.Struct):
 
     @property
     def is_blind(self) -> bool:
-        """Whether it may be given to `apply_blind`."""
-        return self.changes.is_blind and not self.marks and not self.guards
+        """Whether it looks at nothing that is there, removes nothing and sets no value that expires."""
+        changes = self.changes
+        if self.marks or self.guards or changes.conditions or changes.deletes or changes.contradiction is not None:
+            return False
+        return all([row[4] is None for row in changes.upserts])
 
     def __call__(self, cursor: apsw.Cursor) -> tuple[ETag | None, ...]:
         """Check everything, then write. Raises Duplicate, Fenced, ETagMismatch before the first write."""
@@ -199,21 +198,18 @@ def _changes(operations: tuple[Operation, ...]) -> Changes:
     if len(operations) == 1 and _is_plain(operations[0]):
         # By far the most frequent commit; the general way below comes to the same and takes 8 µs more.
         row = _upsert_row(operations[0])
-        return Changes(upserts=[row], etags=(row[3],), is_blind=row[4] is None)
+        return Changes(upserts=[row], etags=(row[3],))
     try:
         changes = collapse(operations)
     except ETagMismatch as mismatch:
         # It is raised in its turn: a mark that is set already, or a guard, goes before it.
         return Changes(contradiction=mismatch)
     upserts = [_upsert_row(change.write) for change in changes if isinstance(change.write, Upsert)]
-    conditions = [(change.key, change.expected) for change in changes if change.expected is not None]
-    deletes = [change.key for change in changes if isinstance(change.write, Delete)]
     return Changes(
-        conditions=conditions,
+        conditions=[(change.key, change.expected) for change in changes if change.expected is not None],
         upserts=upserts,
-        deletes=deletes,
+        deletes=[change.key for change in changes if isinstance(change.write, Delete)],
         etags=etags_after(operations, {row[0]: row[3] for row in upserts}),
-        is_blind=not conditions and not deletes and all(row[4] is None for row in upserts),
     )
 
 
