@@ -9,7 +9,6 @@ get it; one that they must know of makes a new version of the function."""
 MOST_LOCKS = 256
 """A call with more keys and marks than this has no other beside it, in no process."""
 
-
 COMMIT_PARAMETERS = (
     *("n integer", "wait boolean"),
     *("g_commit integer[]", "g_type text[]", "g_id text[]", "g_token uuid[]"),
