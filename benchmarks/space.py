@@ -24,7 +24,7 @@ from statecast.components.manifest import Component
 from statecast.components.state.log import OutboxLog
 from statecast.components.state.postgresql import PostgresqlStateStore
 from statecast.runtime.server import ServerKind, Variant
-from statecast.runtime.server_processes import find_installation
+from statecast.runtime.server_installations import find_installation
 from statecast.runtime.servers import Servers
 
 _LEASE = timedelta(hours=1)

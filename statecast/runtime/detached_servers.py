@@ -16,11 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from statecast.runtime.ports import free_port, is_port_free
 from statecast.runtime.server import Keeping, Server, ServerFailed, ServerKind, Variant
 from statecast.runtime.server_answers import NoAnswer, ask_version
 from statecast.runtime.server_containers import ContainerServer, find_image, is_container_running, remove_container
 from statecast.runtime.server_guard import find_process
-from statecast.runtime.server_processes import LocalServer, free_port, is_port_free, stop_family
+from statecast.runtime.server_processes import LocalServer, stop_family
 from statecast.runtime.servers import find_means
 
 _USUAL_PORTS = {ServerKind.POSTGRESQL: 5432, ServerKind.REDIS: 6379, ServerKind.KAFKA: 9092}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from statecast.runtime.ports import free_port
 from statecast.runtime.server import Keeping, Server, ServerFailed, ServerKind, ServerMissing, Variant
 from statecast.runtime.server_answers import NoAnswer, ask_version
-from statecast.runtime.server_processes import KAFKA_SETTINGS, KAFKA_VERSION, free_port, redis_options
+from statecast.runtime.server_installations import KAFKA_SETTINGS, KAFKA_VERSION, redis_options
 
 if TYPE_CHECKING:
     from testcontainers.core.container import DockerContainer

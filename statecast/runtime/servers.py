@@ -26,7 +26,8 @@ from statecast.runtime.server import (
 )
 from statecast.runtime.server_answers import ask_version
 from statecast.runtime.server_containers import ContainerServer, find_image, why_no_docker
-from statecast.runtime.server_processes import Installation, LocalServer, find_installation
+from statecast.runtime.server_installations import Installation, find_installation
+from statecast.runtime.server_processes import LocalServer
 
 __all__ = [
     "ADDRESS_VARIABLES",

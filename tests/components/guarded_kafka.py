@@ -14,8 +14,10 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest, DescribeAclsRequest
 
 from statecast.components.testing import deadline
+from statecast.runtime.ports import free_port
 from statecast.runtime.server import Keeping, ServerKind
-from statecast.runtime.server_processes import Installation, LocalServer, free_port
+from statecast.runtime.server_installations import Installation
+from statecast.runtime.server_processes import LocalServer
 
 PASSWORDS = {"alice": "secret of alice", "stranger": "secret of stranger"}
 """The users. All may log in by PLAIN, alice also by SCRAM."""

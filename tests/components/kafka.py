@@ -10,7 +10,7 @@ from statecast.clock import SystemClock
 from statecast.components.broker.kafka.broker import KafkaBroker
 from statecast.components.manifest import Component
 from statecast.runtime.server_containers import KAFKA_ENVIRONMENT
-from statecast.runtime.server_processes import KAFKA_SETTINGS
+from statecast.runtime.server_installations import KAFKA_SETTINGS
 
 
 def kafka_broker(address: str, **metadata: str) -> KafkaBroker:

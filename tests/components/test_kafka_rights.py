@@ -17,7 +17,7 @@ from statecast.components.testing.broker import LONG, numbered
 from statecast.outbox.deferred import RetryOptions
 from statecast.outbox.progress import BackOff
 from statecast.runtime.server import ServerKind, ServerMissing, Variant
-from statecast.runtime.server_processes import find_installation
+from statecast.runtime.server_installations import find_installation
 from tests.components.going_without import go_without
 from tests.components.guarded_kafka import PASSWORDS, GuardedKafka, Resource, Right
 

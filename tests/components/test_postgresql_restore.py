@@ -24,7 +24,8 @@ from statecast.components.state.postgresql.position import Position
 from statecast.components.testing.deadline import until
 from statecast.errors import StoreUnavailable
 from statecast.runtime.server import Keeping, PrivateServer, ServerKind, ServerMissing, Variant
-from statecast.runtime.server_processes import Installation, LocalServer, find_installation
+from statecast.runtime.server_installations import Installation, find_installation
+from statecast.runtime.server_processes import LocalServer
 from tests.components.going_without import go_without
 from tests.components.relaying import Recorder, deed, relaying
 

@@ -13,7 +13,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from statecast.runtime.server import Keeping, ServerKind, ServerMissing, Variant
-from statecast.runtime.server_processes import Installation, LocalServer, find_installation, stop_family
+from statecast.runtime.server_installations import Installation, find_installation
+from statecast.runtime.server_processes import LocalServer, stop_family
 from tests.components.going_without import go_without
 
 

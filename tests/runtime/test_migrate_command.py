@@ -21,7 +21,7 @@ from statecast.components.testing.deadline import until
 from statecast.errors import ComponentError, ETagMismatch
 from statecast.runtime.cli import command_line
 from statecast.runtime.server import ServerKind, ServerMissing, Variant
-from statecast.runtime.server_processes import find_installation
+from statecast.runtime.server_installations import find_installation
 from tests.components.going_without import go_without
 from tests.components.plain_role import plain_role
 from tests.components.relaying import Recorder, deed, relaying

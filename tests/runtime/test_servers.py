@@ -14,10 +14,12 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from redis.asyncio import Redis
 
+from statecast.runtime.ports import free_port
 from statecast.runtime.server import Keeping, PrivateServer, ServerFailed, ServerKind, ServerMissing, Variant
 from statecast.runtime.server_answers import NoAnswer, ask_version, run_redis, run_sql
 from statecast.runtime.server_guard import family, find_process
-from statecast.runtime.server_processes import LocalServer, find_installation, free_port
+from statecast.runtime.server_installations import find_installation
+from statecast.runtime.server_processes import LocalServer
 from statecast.runtime.servers import ADDRESS_VARIABLES, Servers
 from tests.components.going_without import go_without
 
