@@ -224,7 +224,7 @@ async def test_a_refused_commit_of_a_call_leaves_nothing_and_its_neighbours_are_
     store: PostgresqlStateStore, admin: asyncpg.Connection
 ) -> None:
     guard = await store.directory.claim("Cart", "1")
-    await store.transact(commit(Upsert("orders||old", b"0"), marks=[mark(1)]))
+    await store.transact(commit(Upsert("orders||old", b"0"), Upsert("orders||kept", b"0"), marks=[mark(1)]))
 
     outcomes = await call(
         admin,
@@ -232,14 +232,20 @@ async def test_a_refused_commit_of_a_call_leaves_nothing_and_its_neighbours_are_
         commit(Upsert("orders||2", b"x"), Check("orders||nothing", ETag(str(uuid4()))), event="bad-etag"),
         commit(Upsert("orders||3", b"x"), event="bad-mark", marks=[mark(0), mark(1), mark(2)]),
         commit(Upsert("orders||4", b"x"), Upsert("orders||old", b"x", concurrency=Concurrency.FIRST_WRITE)),
+        commit(Delete("orders||kept"), Check("orders||nothing else", ETag(str(uuid4())))),
         Commit((Upsert("orders||5", b"5"),), guards=(guard,), marks=(mark(3),)),
         Commit((Upsert("orders||6", b"x"),), guards=(Guard("Cart", "2", str(uuid4())),)),
     )
 
-    assert [type(outcome) for outcome in outcomes] == [Applied, Refused, Refused, Refused, Applied, Refused]
+    assert [type(outcome) for outcome in outcomes] == [Applied, *[Refused] * 4, Applied, Refused]
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, Refused)]
-    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch, Fenced]
-    assert await values(admin) == {"orders||old": b"0", "orders||1": b"1", "orders||5": b"5"}
+    assert [type(error) for error in errors] == [ETagMismatch, Duplicate, ETagMismatch, ETagMismatch, Fenced]
+    assert await values(admin) == {
+        "orders||old": b"0",
+        "orders||kept": b"0",
+        "orders||1": b"1",
+        "orders||5": b"5",
+    }
     assert await events(admin) == ["good-1"]
     digests = {row["digest"] for row in await admin.fetch("select digest from statecast_mark")}
     assert digests == {mark(1).digest, mark(3).digest}
@@ -331,6 +337,23 @@ async def test_a_call_without_waiting_passes_by_a_row_that_another_program_holds
     assert [type(outcome) for outcome in outcomes] == [Busy, Applied]
     assert await values(admin) == {"orders||1": b"dapr", "orders||2": b"2"}
     await holder.close()
+
+
+async def test_a_call_without_waiting_is_to_come_again_when_a_key_came_into_being_under_its_hands(
+    store: PostgresqlStateStore, admin: asyncpg.Connection
+) -> None:
+    await admin.execute("""
+        create function come_before() returns trigger language plpgsql as $$ begin
+          if new.value = 'ours' then insert into state (key, value) values (new.key, 'another'); end if;
+          return new;
+        end $$;
+        create trigger come_before before insert on state for each row execute function come_before()""")
+
+    with pytest.raises(asyncpg.PostgresError) as caught:
+        await call(admin, commit(Upsert("orders||1", b"ours")), commit(Upsert("orders||2", b"2"), event="never"))
+
+    assert caught.value.sqlstate == "SC001"
+    assert (await values(admin), await events(admin)) == ({}, [])
 
 
 async def test_a_commit_that_waits_judges_what_it_finds_after_the_wait(
@@ -690,7 +713,7 @@ def test_a_function_that_was_changed_has_a_new_revision() -> None:
     """Else it would not come to databases that have the one before: count COMMIT_REVISION up, and note the digest."""
     statement = commit_statement(Layout("public", "", QualifiedName("public", "dapr_metadata")), 1, "orders")
 
-    assert (COMMIT_REVISION, blake2b(statement.encode(), digest_size=8).hexdigest()) == (2, "b2b6dd5a89bf21e8")
+    assert (COMMIT_REVISION, blake2b(statement.encode(), digest_size=8).hexdigest()) == (3, "c2b7edbcc29e7f9a")
 
 
 # When things break

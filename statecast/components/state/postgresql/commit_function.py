@@ -2,7 +2,7 @@
 
 from statecast.components.state.postgresql.schema import Layout, literal
 
-COMMIT_REVISION = 2
+COMMIT_REVISION = 3
 """The number of the commit function's body. A change that its callers need not know of counts it up, so that databases
 get it; one that they must know of makes a new version of the function."""
 
@@ -85,7 +85,10 @@ declare
   found_etags text;
   part record;
   hash integer;
-  locked text[];
+  places tid[];
+  inserted integer[];
+  updated integer[];
+  deleted integer[];
   broken integer[];
   broken_operation integer;
   broken_commit integer;
@@ -269,9 +272,10 @@ def _alone(layout: Layout, log: int) -> str:
 def _together(layout: Layout, log: int) -> str:
     """The part for many commits, in queries over all their operations, which never waits.
 
-    A row that is there and was not locked is held by another transaction, or was until a moment ago. A key that had no
-    row when the locks were taken, and has one when it is written, was written by a program that does not know our
-    locks: it is looked at anew by each commit alone.
+    Each key is looked up once; its row is found again by its place in the table, which stays the same under our lock. A
+    row that is seen but was not taken is held by another transaction, or was until a moment ago. A key that had no row
+    when it was looked up, and has one when it is written, was written by a program that does not know our locks: it is
+    looked at anew by each commit alone.
     """
     return f"""\
     for part in
@@ -281,42 +285,46 @@ def _together(layout: Layout, log: int) -> str:
     loop
       refusal[part.commit] := 'busy';
     end loop;
-    select coalesce(array_agg(o.key) filter (where s.key is not null), '{{}}'),
-      coalesce(array_agg(case when h.is_held then -o.number else o.number end order by o.number)
-        filter (where h.is_held
-          or o.expected = '' and s.is_live
-          or o.expected <> '' and (s.is_live and s.etag = o.expected) is not true), '{{}}')
-      into locked, broken
-      from unnest(o_commit, o_key, o_expected) with ordinality as o(commit, key, expected, number)
+    select array_agg(taken.place order by o.number),
+      array_agg(o.number) filter (where o.kind = 'u' and taken.place is null),
+      array_agg(o.number) filter (where o.kind = 'u' and taken.place is not null),
+      array_agg(o.number) filter (where o.kind = 'd' and taken.place is not null),
+      coalesce(array_agg(case when is_held then -o.number else o.number end order by o.number)
+        filter (where is_held
+          or o.expected = '' and taken.is_live
+          or o.expected <> '' and (taken.is_live and taken.etag = o.expected) is not true), '{{}}')
+      into places, inserted, updated, deleted, broken
+      from unnest(o_commit, o_kind, o_key, o_expected) with ordinality as o(commit, kind, key, expected, number)
       left join lateral (
-        select key, etag::text, (expires_at > clock_timestamp()) is not false as is_live
-        from {layout.state} where key = o.key for update skip locked) s on true
+        select ctid as place from {layout.state} where key = o.key offset 0) seen on refusal[o.commit] is null
       left join lateral (
-        select true as is_held from {layout.state} where s.key is null and key = o.key offset 0) h on true
-      where refusal[o.commit] is null;
+        select ctid as place, etag::text, (expires_at > clock_timestamp()) is not false as is_live
+        from {layout.state} where ctid = seen.place and key = o.key for update skip locked) taken on true
+      cross join lateral (select seen.place is not null and taken.place is null as is_held) held;
     foreach broken_operation in array broken loop
       broken_commit := o_commit[abs(broken_operation)];
       continue when refusal[broken_commit] is not null;
       refusal[broken_commit] := case when broken_operation < 0 then 'busy' else 'etag ' || broken_operation end;
     end loop;
 
-    insert into {layout.state} as t (key, value, etag, expires_at)
-      select o.key, o.value, o.etag, clock_timestamp() + make_interval(secs => o.ttl)
-      from unnest(o_commit, o_kind, o_key, o_value, o_ttl, o_etag) as o(commit, kind, key, value, ttl, etag)
-      where o.kind = 'u' and refusal[o.commit] is null
-    on conflict (key) do update set value = excluded.value, etag = excluded.etag, expires_at = excluded.expires_at,
-      updated_at = clock_timestamp()
-      where t.key = any (locked);
-    get diagnostics written = row_count;
-    if written < (
-      select count(*) from unnest(o_commit, o_kind) as o(commit, kind) where o.kind = 'u' and refusal[o.commit] is null)
-    then
-      raise exception using errcode = 'SC001', message = 'another program wrote a key that was looked at as absent';
+    if updated is not null then
+      update {layout.state} t set value = o_value[i], etag = o_etag[i],
+        expires_at = clock_timestamp() + make_interval(secs => o_ttl[i]), updated_at = clock_timestamp()
+        from unnest(updated) as i where t.ctid = places[i] and refusal[o_commit[i]] is null;
     end if;
-    if 'd' = any (o_kind) then
-      delete from {layout.state} where key = any (array(
-        select o.key from unnest(o_commit, o_kind, o_key) as o(commit, kind, key)
-        where o.kind = 'd' and refusal[o.commit] is null));
+    if inserted is not null then
+      insert into {layout.state} (key, value, etag, expires_at)
+        select o_key[i], o_value[i], o_etag[i], clock_timestamp() + make_interval(secs => o_ttl[i])
+        from unnest(inserted) as i where refusal[o_commit[i]] is null
+      on conflict (key) do nothing;
+      get diagnostics written = row_count;
+      if written < (select count(*) from unnest(inserted) as i where refusal[o_commit[i]] is null) then
+        raise exception using errcode = 'SC001', message = 'another program wrote a key that was looked at as absent';
+      end if;
+    end if;
+    if deleted is not null then
+      delete from {layout.state} where ctid = any (array(
+        select places[i] from unnest(deleted) as i where refusal[o_commit[i]] is null));
     end if;
     if marks > 0 then
       insert into {layout.marks} (digest, expires_at, etags)
