@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 LISTENING_POLL = timedelta(milliseconds=250)
 DEAF_POLL = timedelta(milliseconds=20)
 _QUIET = timedelta(milliseconds=5)
+_QUIET_SHARE = 10
+_LONGEST_QUIET = timedelta(milliseconds=50)
 _BACK_OFF = timedelta(seconds=1)
 
 
@@ -22,7 +24,8 @@ class Waker:
 
     The word is a hint: it may be lost, and a wait ends without it after LISTENING_POLL, or after DEAF_POLL while
     there is no connection to hear it on. It is sent outside of the commits, at most every 5 ms, since a NOTIFY takes
-    a lock that the commits of all of a server's databases would queue for.
+    a lock that the commits of all of a server's databases would queue for; and less often, up to every 50 ms, the
+    longer a busy server takes for it.
 
     Without `connect`, where a pooler lets nobody listen, there is never such a connection.
     """
@@ -125,11 +128,10 @@ class Waker:
         if not self._untold:
             return
         slices, self._untold = self._untold, set()
-        again_at = self._clock.monotonic() + _QUIET.total_seconds()
+        began = self._clock.monotonic()
         await connection.execute("select pg_notify($1, $2)", self._channel, ",".join(map(str, sorted(slices))))
-        pause = timedelta(seconds=again_at - self._clock.monotonic())
-        if pause > timedelta(0):
-            await self._clock.wait(asyncio.Event(), pause)
+        took = timedelta(seconds=self._clock.monotonic() - began)
+        await self._clock.wait(asyncio.Event(), min(max(_QUIET, _QUIET_SHARE * took), _LONGEST_QUIET))
 
     def _hear(self, connection: object, pid: int, channel: str, payload: object) -> None:
         self._wake([int(slice) for slice in str(payload).split(",") if slice.isdecimal()])
