@@ -257,10 +257,13 @@ class Committer:
 
         async def work(session: Session) -> list[tuple[_Waiting, Outcome]]:
             earliest = self._earliest_answer()
-            taken = [waiting for waiting in batch if not waiting.is_past_trying(earliest)]
-            gone: list[tuple[_Waiting, Outcome]] = [
-                (waiting, Refused(_late(waiting))) for waiting in batch if waiting.is_past_trying(earliest)
-            ]
+            taken: list[_Waiting] = []
+            gone: list[tuple[_Waiting, Outcome]] = []
+            for waiting in batch:
+                if waiting.is_past_trying(earliest):
+                    gone.append((waiting, Refused(_late(waiting))))
+                else:
+                    taken.append(waiting)
             if not taken:
                 return gone
             call = CommitCall([waiting.prepared for waiting in taken])

@@ -104,9 +104,8 @@ class Transaction(msgspec.Struct):
     def is_blind(self) -> bool:
         """Whether it looks at nothing that is there, removes nothing and sets no value that expires."""
         changes = self.changes
-        if self.marks or self.guards or changes.conditions or changes.deletes or changes.contradiction is not None:
-            return False
-        return all([row[4] is None for row in changes.upserts])
+        looks = self.marks or self.guards or changes.conditions or changes.contradiction
+        return not (looks or changes.deletes or [row for row in changes.upserts if row[4] is not None])
 
     def __call__(self, cursor: apsw.Cursor) -> tuple[ETag | None, ...]:
         """Check everything, then write. Raises Duplicate, Fenced, ETagMismatch before the first write."""
