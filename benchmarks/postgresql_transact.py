@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
+from benchmarks.loop import run
 from benchmarks.ratio import Ratio
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
@@ -148,9 +149,5 @@ select {function}(1, true, null, null, null, null, '{{1,1}}', '{{d,u}}',
 
 
 if __name__ == "__main__":
-    try:
-        from uvloop import run
-    except ImportError:
-        from asyncio import run  # type: ignore[assignment]
     for ratio in run(measure()):
         print(f"{ratio.name}: {ratio.ours:.0f} {ratio.unit}, {ratio.value:.2f}x {ratio.yardstick_name}")

@@ -1,16 +1,15 @@
 """Commits of an upsert, a delete and a record by 64 tasks, beside redis-benchmark that sends the same script calls."""
 
 import asyncio
-import importlib
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Coroutine
 from statistics import median
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
+from benchmarks.loop import run
 from benchmarks.ratio import Ratio
 from statecast.clock import SystemClock
 from statecast.components.manifest import Component
@@ -62,19 +61,9 @@ def _measure() -> list[Ratio]:
 
 def _measure_both(binary: str, address: str) -> tuple[float, float]:
     run_redis(address, "FLUSHDB")
-    ours = _run(_statecast_rate(address))
+    ours = run(_statecast_rate(address))
     run_redis(address, "FLUSHDB")
     return ours, _redis_benchmark_rate(binary, address)
-
-
-def _run(measurement: Coroutine[Any, Any, float]) -> float:
-    """Run on uvloop where it is installed, as the server process does."""
-    try:
-        uvloop = importlib.import_module("uvloop")
-    except ImportError:
-        return asyncio.run(measurement)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(measurement)
 
 
 async def _statecast_rate(address: str) -> float:
