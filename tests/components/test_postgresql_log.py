@@ -478,6 +478,40 @@ async def test_a_process_that_reads_its_own_commits_tells_nobody(
     assert heard == [str(slice_of("orders||2", 16))]
 
 
+class LaggingClock(SystemClock):
+    """By this clock whatever is timed takes `lag`. It notes how long it is waited for."""
+
+    def __init__(self, lag: timedelta) -> None:
+        self.waits: list[timedelta] = []
+        self._lag = lag
+        self._reading = timedelta()
+
+    def monotonic(self) -> float:
+        self._reading += self._lag
+        return self._reading.total_seconds()
+
+    async def wait(self, event: asyncio.Event, timeout: timedelta) -> bool:
+        self.waits.append(timeout)
+        return await super().wait(event, timeout)
+
+
+@pytest.mark.parametrize(("lag", "pause"), [(0, 5), (2, 20), (1000, 50)])
+async def test_a_word_is_followed_by_a_pause_that_is_the_longer_the_longer_the_server_took_for_it(
+    postgresql_url: str, lag: int, pause: int
+) -> None:
+    clock = LaggingClock(timedelta(milliseconds=lag))
+    component = Component("statestore", "state.postgresql", "v2", {"connectionString": postgresql_url})
+
+    async def has_paused() -> bool:
+        return any(wait < timedelta(seconds=1) for wait in clock.waits)
+
+    async with PostgresqlStateStore(component, app_id="orders", clock=clock) as store:
+        await append(store, "1")
+        await until(has_paused)
+
+    assert [wait for wait in clock.waits if wait < timedelta(seconds=1)] == [timedelta(milliseconds=pause)]
+
+
 async def listened_channel(admin: asyncpg.Connection) -> str:
     """Find the channel that the store listens on: by the last statement of its side connection."""
     found: list[str] = []
