@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 LISTENING_POLL = timedelta(milliseconds=250)
 DEAF_POLL = timedelta(milliseconds=20)
 _QUIET = timedelta(milliseconds=5)
-_QUIET_SHARE = 10
+_QUIET_FACTOR = 10
 _LONGEST_QUIET = timedelta(milliseconds=50)
 _BACK_OFF = timedelta(seconds=1)
 
@@ -131,7 +131,7 @@ class Waker:
         began = self._clock.monotonic()
         await connection.execute("select pg_notify($1, $2)", self._channel, ",".join(map(str, sorted(slices))))
         took = timedelta(seconds=self._clock.monotonic() - began)
-        await self._clock.wait(asyncio.Event(), min(max(_QUIET, _QUIET_SHARE * took), _LONGEST_QUIET))
+        await self._clock.wait(asyncio.Event(), min(max(_QUIET, _QUIET_FACTOR * took), _LONGEST_QUIET))
 
     def _hear(self, connection: object, pid: int, channel: str, payload: object) -> None:
         self._wake([int(slice) for slice in str(payload).split(",") if slice.isdecimal()])
