@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from types import MappingProxyType
 from uuid import uuid4
 
 import pytest
@@ -55,6 +56,9 @@ RECORDS = {
     "large": OutboxRecord("orders||" + "k" * 500, "i" * 200, "p", "t" * 249, b"x" * 1_000_000, {"partitionKey": "k"}),
     "another format": OutboxRecord(
         "orders||1", "id-1", "pubsub", "orders", b"\x00\xff", {"a": "1", "A": "2"}, format=7
+    ),
+    "metadata that is no dict": OutboxRecord(
+        "orders||1", "id", "pubsub", "orders", b"{}", MappingProxyType({"partitionKey": "1"})
     ),
 }
 

@@ -36,4 +36,4 @@ def up_to_read_bytes(query: str, *, order: str) -> str:
 
 
 def write_metadata(record: OutboxRecord) -> str:
-    return orjson.dumps(record.metadata).decode() if record.metadata else "{}"
+    return orjson.dumps(dict(record.metadata)).decode() if record.metadata else "{}"
