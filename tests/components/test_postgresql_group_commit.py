@@ -204,7 +204,8 @@ async def test_large_commits_go_with_as_few_others_as_the_locks_allow(
 
     assert not [answer for answer in await answers(store, commits) if isinstance(answer, BaseException)]
 
-    assert await calls(admin) == 20
+    # The last two go in a call each where both calls before theirs end at the same moment.
+    assert await calls(admin) in (20, 21)
 
 
 # Each its own outcome
