@@ -15,7 +15,7 @@ LISTENING_POLL = timedelta(milliseconds=250)
 DEAF_POLL = timedelta(milliseconds=20)
 _QUIET = timedelta(milliseconds=5)
 _QUIET_FACTOR = 10
-_LONGEST_QUIET = timedelta(milliseconds=50)
+_LONGEST_QUIET = timedelta(milliseconds=20)
 _BACK_OFF = timedelta(seconds=1)
 
 
@@ -24,8 +24,8 @@ class Waker:
 
     The word is a hint: it may be lost, and a wait ends without it after LISTENING_POLL, or after DEAF_POLL while
     there is no connection to hear it on. It is sent outside of the commits, at most every 5 ms, since a NOTIFY takes
-    a lock that the commits of all of a server's databases would queue for; and less often, up to every 50 ms, the
-    longer a busy server takes for it.
+    a lock that the commits of all of a server's databases would queue for; and less often, the longer a busy server
+    takes for it, down to every 20 ms.
 
     Without `connect`, where a pooler lets nobody listen, there is never such a connection.
     """
