@@ -29,5 +29,5 @@ def test_no_etag_is_drawn_twice() -> None:
 def test_a_process_that_forks_off_draws_others_than_its_parent() -> None:
     output = subprocess.check_output([sys.executable, "-c", _DRAW_IN_PARENT_AND_CHILD], text=True)
 
-    parent, child = (UUID(line) for line in output.split())
-    assert parent.fields[:5] != child.fields[:5]
+    child, parent = (UUID(line) for line in output.split())
+    assert child.fields[:5] != parent.fields[:5]
